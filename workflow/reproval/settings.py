@@ -1,0 +1,185 @@
+"""What a user may write in config.yaml: the one definition of every key, its type, default and meaning.
+
+`workflow/schemas/config.schema.yaml` is generated from these models for editors and readers. Reading files, merging,
+and turning a violation into a message that helps is the work of `config.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from reproval.records import Dtype
+
+# A name becomes a folder: no separators, no leading dot or dash, nothing a shell or a file system treats specially.
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """One model to evaluate: from the Hugging Face Hub (`hub`) or from a local folder (`path`)."""
+
+    hub: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$|^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Hugging Face Hub id, such as Qwen/Qwen3-4B. Needs `revision`.",
+    )
+    path: str | None = Field(
+        default=None,
+        description="Local folder with config.json, tokenizer and safetensors; relative to the working directory.",
+    )
+    revision: str | None = Field(
+        default=None,
+        description="Commit of the Hub repository, 40 hexadecimal digits. A branch or tag needs `allow_floating: true`.",
+    )
+    allow_floating: bool = Field(
+        default=False, description="Accept a branch or tag as revision. What it pointed to is recorded, not promised."
+    )
+    dtype: Dtype | Literal["auto"] = Field(
+        default="auto", description="Weights and activations; `auto` takes the checkpoint's."
+    )
+    quantization: Literal["fp8", "bitsandbytes"] | None = Field(
+        default=None,
+        description="Quantize a 16-bit checkpoint while loading. Changes scores. Pre-quantized checkpoints need nothing.",
+    )
+    max_model_len: int | None = Field(
+        default=None,
+        ge=16,
+        description="Length cap in tokens asked for by the user; default: the plan decides. Changes scores if requests are cut.",
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="Run Python code that comes with the checkpoint. Off unless asked for each model."
+    )
+    gated: bool = Field(
+        default=False, description="The Hub asks for a token: `stage` fails early if HF_TOKEN is not set."
+    )
+    suites: list[Name] | None = Field(default=None, min_length=1, description="Suites this model runs; default: all.")
+
+
+class TaskSettings(Section):
+    """Settings of lm-eval's that decide what the model is asked. None leaves the task's own."""
+
+    num_fewshot: int | None = Field(default=None, ge=0, le=1000, description="Few-shot examples.")
+    limit: int | float | None = Field(
+        default=None,
+        gt=0,
+        description="First N documents of each task (below 1: a fraction). For trying out, not for publishing.",
+    )
+    apply_chat_template: bool | str | None = Field(
+        default=None, description="Use the tokenizer's chat template, or the one with this name."
+    )
+    fewshot_as_multiturn: bool | None = Field(
+        default=None, description="Few-shot examples as turns of a conversation; needs apply_chat_template."
+    )
+    system_instruction: str | None = Field(default=None, description="System message put before every prompt.")
+    generation: dict[str, str | int | float | bool | list[str] | None] | None = Field(
+        default=None,
+        description="lm-eval gen_kwargs for generate_until tasks: temperature, top_p, max_gen_toks, until, do_sample, ...",
+    )
+
+
+class TaskEntry(TaskSettings):
+    """One task of a suite with settings of its own, which win over the suite's."""
+
+    task: str = Field(min_length=1, description="lm-eval task, group or tag name.")
+
+
+class SuiteConfig(TaskSettings):
+    """A list of lm-eval tasks and the settings that they share."""
+
+    tasks: list[str | TaskEntry] = Field(
+        min_length=1, description="lm-eval task or group names, or entries with settings of their own."
+    )
+    include_path: str | None = Field(
+        default=None, description="Folder with task files of one's own, as lm-eval's --include_path."
+    )
+    unsafe_code: bool = Field(
+        default=False, description="Allow tasks that run code written by the model (lm-eval's confirm_run_unsafe_code)."
+    )
+
+
+class HardwareConfig(Section):
+    """What one evaluation job may use. The plan is made for this, before a GPU is asked for."""
+
+    gpus: int = Field(default=0, ge=0, le=1024, description="GPUs for one job; 0 runs vLLM's CPU build.")
+    gpu_memory_gib: float | None = Field(
+        default=None,
+        gt=0,
+        le=1024,
+        description="Memory of one GPU in GiB, as nvidia-smi gives it (an 80 GB H100: 79.6).",
+    )
+    gpu_name: str | None = Field(default=None, description="Shown in the report; a Slurm profile may ask for it.")
+    compute_capability: str | None = Field(
+        default=None, pattern=r"^\d+\.\d+$", description="Such as 9.0 (Hopper); decides whether fp8 is possible."
+    )
+    host_memory_gib: float = Field(default=16, gt=0, le=65536, description="Host memory for one job in GiB.")
+    cpus: int = Field(default=2, ge=1, le=1024, description="CPU cores for one job.")
+
+
+class ContainerConfig(Section):
+    image: str = Field(
+        description="docker://NAME@sha256:DIGEST, oras://NAME@sha256:DIGEST, or the path of a .sif file."
+    )
+    sif_sha256: str | None = Field(
+        default=None, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the .sif file; required for one."
+    )
+
+
+class Config(Section):
+    """The whole of config.yaml."""
+
+    models: dict[Name, ModelConfig] = Field(
+        min_length=1, description="Models by a name of your choice, which names their results."
+    )
+    suites: dict[Name, SuiteConfig] = Field(min_length=1, description="Suites of tasks by a name of your choice.")
+    hardware: HardwareConfig = Field(default=HardwareConfig(), description=HardwareConfig.__doc__)
+    tiers: str = Field(
+        default="config/tiers.yaml",
+        description="File with size tiers and policies, relative to the workflow's folder, then to the working directory.",
+    )
+    policy: str = Field(default="auto", description="Policy of that file to plan by.")
+    container: ContainerConfig | None = Field(
+        default=None, description="Image for --use-singularity; None runs in the environment of envs/."
+    )
+    store: str = Field(
+        default="resources", description="Folder for models and data sets, relative to the working directory."
+    )
+    seed: int = Field(
+        default=1234,
+        ge=0,
+        le=2**31 - 1,
+        description="Seed of the engine, of few-shot sampling and of every generator lm-eval seeds.",
+    )
+    batch_invariant: bool = Field(
+        default=False,
+        description="VLLM_BATCH_INVARIANT=1: the same bits whatever the batch (compute capability 8.0 and up).",
+    )
+
+
+class Unit(Section):
+    """One entry of a suite with its settings resolved: what is evaluated, kept and reported as one."""
+
+    suite: str
+    task: str
+    include_path: str | None
+    unsafe_code: bool
+    settings: TaskSettings
+
+    @property
+    def name(self) -> str:
+        return f"{self.suite}/{self.task}"
+
+
+class Run(Section):
+    """One model with everything it is to be evaluated on: one engine start, one job."""
+
+    name: str = Field(description="MODEL-HASH12, the folder name of its results.")
+    model_name: str
+    model: ModelConfig
+    units: list[Unit]
+    identity: dict[str, Any] = Field(description="What the hash is made of.")
