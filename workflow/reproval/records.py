@@ -140,6 +140,7 @@ class TaskFacts(Part):
     """The tokenized requests of one leaf task, as lm-eval will make them."""
 
     suite: str
+    unit: str = Field(description="The suite's entry (task, group or tag) that this leaf task belongs to.")
     task: str
     request_type: RequestType
     documents: int

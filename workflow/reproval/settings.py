@@ -149,11 +149,11 @@ class Config(Section):
     store: str = Field(
         default="resources", description="Folder for models and data sets, relative to the working directory."
     )
-    seed: int = Field(
-        default=1234,
+    seed: int | None = Field(
+        default=None,
         ge=0,
         le=2**31 - 1,
-        description="Seed of the engine, of few-shot sampling and of every generator lm-eval seeds.",
+        description="One seed for the engine, few-shot sampling, Python, NumPy and PyTorch; default: lm-eval's own.",
     )
     batch_invariant: bool = Field(
         default=False,

@@ -1,0 +1,168 @@
+"""The stage `stage`: everything that needs the network, fetched once into the store and written down.
+
+A model comes from the Hub at a commit, or lies in a local folder that is left where it is. Data sets are fetched by
+letting lm-eval load every task with the caches inside the store. Afterwards nothing needs the network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from reproval.files import read_record, sha256_file, sha256_json, write_record
+from reproval.records import DatasetSource, ModelManifest, StoredFile, TaskManifest
+from reproval.run_file import RunFile
+from reproval.settings import ModelConfig
+
+# What an engine and a tokenizer read. Other formats of the same weights (.bin, .pth, .gguf, .onnx) stay on the Hub.
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+PYTHON_FILES = ["*.py"]
+
+
+class StageError(Exception):
+    """Something could not be fetched, or what was fetched is not what the Hub has."""
+
+
+def digest_of(files: list[StoredFile]) -> str:
+    """The identity of a set of files: independent of where they lie and of their times."""
+    return sha256_json(sorted([entry.path, entry.sha256] for entry in files))
+
+
+def list_files(folder: Path, patterns: list[str]) -> list[StoredFile]:
+    """Size and SHA-256 of every file below `folder` that matches, hidden folders left out. Reads every byte."""
+    found = {path for pattern in patterns for path in folder.rglob(pattern) if path.is_file()}
+    return [
+        StoredFile(path=path.relative_to(folder).as_posix(), size_bytes=path.stat().st_size, sha256=sha256_file(path))
+        for path in sorted(found)
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+
+
+def stage_model(name: str, model: ModelConfig, store: Path) -> ModelManifest:
+    """Fetch a model into STORE/models/NAME-COMMIT12, or take a local folder as it is.
+
+    Raises StageError: the Hub cannot be reached, the repository needs a token, a file differs from the Hub's SHA-256.
+    """
+    patterns = MODEL_FILES + (PYTHON_FILES if model.trust_remote_code else [])
+    if model.path is not None:
+        folder, revision = Path(model.path), None
+    else:
+        folder, revision = fetch_model(name, model, store, patterns)
+    files = list_files(folder, patterns)
+    if not any(entry.path.endswith(".safetensors") for entry in files):
+        raise StageError(f"models.{name}: {folder} holds no .safetensors file; convert the checkpoint to safetensors")
+    return ModelManifest(
+        model=name,
+        source="local" if model.path is not None else "hub",
+        hub_id=model.hub,
+        revision=revision,
+        folder=str(folder),
+        files=files,
+        digest=digest_of(files),
+    )
+
+
+def fetch_model(name: str, model: ModelConfig, store: Path, patterns: list[str]) -> tuple[Path, str]:
+    """Download from the Hub at the resolved commit; return the folder and the commit. Raises StageError."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    assert model.hub is not None
+    # HfApi reads HF_TOKEN itself; the token never enters an argument or a record.
+    if model.gated and not os.environ.get("HF_TOKEN"):
+        raise StageError(f"models.{name}: {model.hub} is gated; put a token that may read it into HF_TOKEN")
+    try:
+        info = HfApi().model_info(model.hub, revision=model.revision, files_metadata=True)
+        assert info.sha is not None
+        folder = store / "models" / f"{name}-{info.sha[:12]}"
+        snapshot_download(model.hub, revision=info.sha, local_dir=folder, allow_patterns=patterns)
+    except (HfHubHTTPError, OSError) as error:
+        raise StageError(
+            f"models.{name}: {model.hub} at {model.revision} could not be fetched: {_first_line(error)}; "
+            "run `snakemake stage` where the network is, with HF_TOKEN set if the repository is gated"
+        ) from error
+    for sibling in info.siblings or []:
+        path = folder / sibling.rfilename
+        if sibling.lfs is not None and path.exists() and sha256_file(path) != sibling.lfs.sha256:
+            path.unlink()
+            raise StageError(f"{path}: differs from the Hub's SHA-256 and was removed; run `snakemake stage` again")
+    return folder, info.sha
+
+
+def stage_tasks(suite: str, runs: list[RunFile]) -> TaskManifest:
+    """Load every task of a suite once, so that its data set is in the cache. Raises tasks.UnknownTask, StageError."""
+    from reproval.tasks import prepare
+
+    units = {unit.task: unit for run in runs for unit in run.run.units if unit.suite == suite}
+    datasets: dict[str, DatasetSource] = {}
+    for unit in units.values():
+        try:
+            tasks = prepare(unit, runs[0].seed)
+        except OSError as error:
+            raise StageError(
+                f"suites.{suite}.tasks: {unit.task}: its data set could not be fetched: {_first_line(error)}; "
+                "run `snakemake stage` where the network is"
+            ) from error
+        for name, task in tasks.items():
+            datasets[name] = _dataset_source(name, task)
+    folders = {unit.include_path for unit in units.values() if unit.include_path}
+    files = [
+        entry
+        for folder in sorted(folders)
+        for entry in list_files(Path(folder), ["*.yaml", "*.yml", "*.py", "*.json*"])
+    ]
+    sources = sorted(datasets.values(), key=lambda source: source.task)
+    return TaskManifest(
+        suite=suite,
+        datasets=sources,
+        task_files=files,
+        digest=sha256_json([[source.model_dump() for source in sources], digest_of(files)]),
+    )
+
+
+def _dataset_source(name: str, task: Any) -> DatasetSource:
+    """Where a task's documents come from, and the commit that the Hub resolved to when it can be read from the cache."""
+    if callable(task.config.custom_dataset):
+        return DatasetSource(task=name, path=None)
+    revision = (task.config.dataset_kwargs or {}).get("revision")
+    for split in (task.dataset or {}).values():
+        # The Hub's commit is part of each URL that `datasets` fetched: hf://datasets/NAME@COMMIT/FILE.
+        for url in split.info.download_checksums or {}:
+            if url.startswith("hf://") and "@" in url:
+                revision = url.split("@", 1)[1].split("/", 1)[0]
+    return DatasetSource(task=name, path=task.DATASET_PATH, name=task.DATASET_NAME, revision=revision)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("model")
+    one.add_argument("--run", type=Path, required=True)
+    one.add_argument("--out", type=Path, required=True)
+    many = commands.add_parser("tasks")
+    many.add_argument("--suite", required=True)
+    many.add_argument("--runs", type=Path, nargs="+", required=True)
+    many.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    from reproval.tasks import UnknownTask
+
+    try:
+        if options.command == "model":
+            run = read_record(options.run, RunFile)
+            write_record(options.out, stage_model(run.run.model_name, run.run.model, Path(run.store)))
+        else:
+            runs = [read_record(path, RunFile) for path in options.runs]
+            write_record(options.out, stage_tasks(options.suite, runs))
+    except (StageError, UnknownTask) as error:
+        sys.exit(f"reproval stage: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""The requests that lm-eval will make of a model, counted with the model's own tokenizer and without an engine."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from reproval.files import sha256_bytes, sha256_json
+from reproval.records import RequestType, TaskFacts
+from reproval.settings import Unit
+from reproval.tasks import chat_arguments, prepare, seeds
+
+# What lm-eval's vLLM backend generates when a task does not say (VLLM.__init__, max_gen_toks).
+DEFAULT_MAX_GEN_TOKS = 256
+BLOCK_TOKENS = 16
+
+
+def encoder(folder: str, trust_remote_code: bool) -> Any:
+    """An lm-eval LM that has a tokenizer and no model.
+
+    It encodes as lm-eval's vLLM backend does (special tokens unless the text already starts with BOS), through
+    lm-eval's own helpers; importing that backend would import vLLM, which takes longer than the counting.
+    """
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import _add_special_kwargs, has_bos_prefix
+    from transformers import AutoTokenizer
+
+    class Encoder(TemplateLM):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            self.pairs: list[tuple[list[int], list[int]]] = []
+
+        @property
+        def eot_token_id(self) -> int:
+            return int(self.tokenizer.eos_token_id)
+
+        @property
+        def prefix_token_id(self) -> int:
+            bos = self.tokenizer.bos_token_id
+            return int(bos if bos is not None else self.tokenizer.eos_token_id)
+
+        @property
+        def tokenizer_name(self) -> str:
+            return str(self.tokenizer.name_or_path)
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            if not string:
+                return []
+            special = _add_special_kwargs(add_special_tokens, None)
+            if has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
+                special["add_special_tokens"] = False
+            return list(self.tokenizer(string, return_attention_mask=False, **special).input_ids)
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            import jinja2
+
+            def render(history: list[dict[str, str]]) -> str:
+                return str(
+                    self.tokenizer.apply_chat_template(
+                        history,
+                        tokenize=False,
+                        add_generation_prompt=add_generation_prompt,
+                        continue_final_message=not add_generation_prompt,
+                    )
+                )
+
+            try:
+                return render(chat_history)
+            except jinja2.exceptions.TemplateError:
+                # Templates without a system role raise; lm-eval then drops it.
+                return render([message for message in chat_history if message["role"] != "system"])
+
+        def _loglikelihood_tokens(
+            self, requests: Any, disable_tqdm: bool = False, **_: Any
+        ) -> list[tuple[float, bool]]:
+            self.pairs = [(context, continuation) for _, context, continuation in requests]
+            return [(0.0, False)] * len(requests)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            raise NotImplementedError("counted from the text alone")
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            raise NotImplementedError("counted from the text alone")
+
+    return Encoder()
+
+
+def unit_facts(unit: Unit, seed: int | None, model: Any) -> list[TaskFacts]:
+    """Facts of every leaf task of a unit. `model` is what `encoder` returns. Raises tasks.UnknownTask."""
+    from lm_eval.evaluator_utils import get_sample_size
+
+    # Building a prompt may draw from Python's generator (shuffled choices): start where simple_evaluate starts.
+    random.seed(seeds(seed)["random_seed"])
+    chat = chat_arguments(unit.settings)
+    facts = []
+    for name, task in prepare(unit, seed).items():
+        task.build_all_requests(
+            limit=get_sample_size(task, unit.settings.limit),
+            rank=0,
+            world_size=1,
+            chat_template=model.apply_chat_template if chat["apply_chat_template"] else None,
+            tokenizer_name=model.tokenizer_name if chat["apply_chat_template"] else "",
+            **{**chat, "apply_chat_template": bool(chat["apply_chat_template"])},
+        )
+        # A task makes one kind of request; its instances say which.
+        kind: RequestType = task.instances[0].request_type
+        lengths = _lengths(kind, task.instances, model)
+        facts.append(
+            TaskFacts(
+                suite=unit.suite,
+                unit=unit.task,
+                task=name,
+                request_type=kind,
+                documents=len({instance.doc_id for instance in task.instances}),
+                task_hash=_task_hash(task),
+                **lengths,
+            )
+        )
+    return facts
+
+
+def _lengths(kind: RequestType, instances: list[Any], model: Any) -> dict[str, Any]:
+    """The countable fields of TaskFacts, for requests of one kind."""
+    repeats = [instance.repeats or 1 for instance in instances]
+    if kind == "loglikelihood":
+        model.loglikelihood(instances, disable_tqdm=True)
+        pairs = model.pairs
+    elif kind == "loglikelihood_rolling":
+        # Every token is scored once; one more is the prefix token that the first is conditioned on.
+        pairs = [([model.prefix_token_id], model.tok_encode(instance.args[0])) for instance in instances]
+    else:
+        pairs = [(model.tok_encode(instance.args[0]), []) for instance in instances]
+    generated = [
+        int(instance.args[1].get("max_gen_toks") or DEFAULT_MAX_GEN_TOKS) if kind == "generate_until" else 0
+        for instance in instances
+    ]
+    lengths: Counter[int] = Counter()
+    for (context, continuation), new, repeat in zip(pairs, generated, repeats, strict=True):
+        lengths[len(context) + len(continuation) + new] += repeat
+
+    def total(values: Iterable[int]) -> int:
+        return sum(value * repeat for value, repeat in zip(values, repeats, strict=True))
+
+    return {
+        "requests": sum(repeats),
+        "context_tokens": total(len(context) for context, _ in pairs),
+        "continuation_tokens": total(len(continuation) for _, continuation in pairs),
+        "generation_tokens": total(generated),
+        "longest_request_tokens": max(lengths),
+        "lengths": dict(sorted(lengths.items())),
+        "one_token_continuations": total(int(len(c) == 1) for _, c in pairs) if kind == "loglikelihood" else 0,
+        "unique_prefix_tokens": _unique_prefix_tokens(context for context, _ in pairs),
+    }
+
+
+def _unique_prefix_tokens(contexts: Iterable[list[int]]) -> int:
+    """Context tokens that a prefix cache with whole blocks of 16 has to compute: blocks seen before cost nothing."""
+    seen: set[int] = set()
+    computed = 0
+    for context in contexts:
+        # The running hash stands for the whole prefix up to a block's end, as in vLLM's block hashes.
+        prefix = 0
+        for begin in range(0, len(context), BLOCK_TOKENS):
+            block = tuple(context[begin : begin + BLOCK_TOKENS])
+            prefix = hash((prefix, block))
+            if len(block) < BLOCK_TOKENS or prefix not in seen:
+                computed += len(block)
+            if len(block) == BLOCK_TOKENS:
+                seen.add(prefix)
+    return computed
+
+
+def _task_hash(task: Any) -> str:
+    """SHA-256 over what the task asks and how it judges: its resolved configuration and the arguments of every request.
+
+    Functions of a configuration are dumped by lm-eval as their source text; where a dump would hold a memory address
+    (`<function f at 0x...>`) or a path, the requests still tell one prompt from another.
+    """
+    config = {
+        key: value
+        for key, value in task.dump_config().items()
+        if key not in ("metadata", "custom_dataset", "dataset_kwargs")
+    }
+    config["version"] = str(task.VERSION)
+    requests = [
+        [instance.request_type, instance.doc_id, instance.idx, instance.arguments] for instance in task.instances
+    ]
+    text = json.dumps(config, sort_keys=True, default=lambda value: type(value).__name__)
+    return sha256_json([sha256_bytes(text.encode()), sha256_bytes(json.dumps(requests, default=str).encode())])
