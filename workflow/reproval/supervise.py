@@ -1,0 +1,599 @@
+"""Running the engine as a child that always ends, with everything it started, and trying again on the next rung.
+
+The supervisor never touches CUDA, so a failed engine can be replaced in the same job. Between it and the child stands
+the guardian (guardian.py), which is why no way of ending the supervisor, kill -9 included, leaves an engine behind.
+docs/supervision.md says why it is done so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+from reproval import failures, guardian, memory
+from reproval.records import Attempt, EngineSettings, FailureClass, Phase, PhasePeak, Rung
+
+Event = dict[str, Any]
+
+RUN_VARIABLE = "REPROVAL_RUN"
+EVENTS_VARIABLE = "REPROVAL_EVENTS_FD"
+
+_TICK_S = 0.1
+_LONGEST_EVENT_BYTES = 2**20
+
+# A terminal, a shell and a workflow engine may each pass on the same Ctrl-C; a later signal is a second request.
+_SAME_REQUEST_S = 1.0
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """How long the child may take; None is for ever."""
+
+    after_done_s: float = 30.0  # from its `done` to its end; stock lm_eval was seen not to exit on a GPU
+    grace_s: float = 20.0  # from SIGTERM to SIGKILL; below Slurm's KillWait, which is 30 s unless a site changed it
+    linger_s: float = 2.0  # what its own children get to end by themselves after it
+    idle_s: float | None = None  # with neither a line of log nor an event
+    total_s: float | None = None
+
+
+@dataclass(frozen=True)
+class ChildOutcome:
+    """How one attempt went. `finished` is true exactly if the child said `done`, however it ended afterwards."""
+
+    finished: bool
+    returncode: int | None  # None if a signal ended it, or if it never ran
+    signal: int | None  # the signal that ended it
+    failure: FailureClass | None
+    message: str | None  # the line that decided `failure`; with a finished child, what was odd about its end
+    interrupted_by: int | None  # the signal that asked the supervisor to stop
+    phases: tuple[PhasePeak, ...]
+    trace: memory.Trace
+    begin: str  # UTC, ISO 8601
+    duration_s: float
+    gpu_peak_bytes: int | None
+    host_peak_bytes: int
+
+
+def run_child(
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    log_path: Path,
+    on_event: Callable[[Event], None],
+    *,
+    gpus: int = 0,
+    deadlines: Deadlines = Deadlines(),
+    interval_s: float = 0.04,
+) -> ChildOutcome:
+    """Run `argv` with the environment `env` to its end, and leave nothing of it behind.
+
+    The child's output is appended to `log_path`. It finds the number of a file descriptor in REPROVAL_EVENTS_FD and
+    writes its events there, one JSON object a line, each with a key `event`: `phase` (phase), `unit_started` (unit),
+    `progress`, `unit_done`, `engine`, `done`, `failed` (message). `on_event` is called with each of them, in this
+    thread; if it raises, the child is ended and the exception goes on. Lines that are no events are passed over.
+
+    SIGTERM, SIGINT and SIGHUP to this process, if this is its main thread, are answered by SIGTERM to the child and all
+    that it started and, after `deadlines.grace_s` or a second signal, by SIGKILL; the outcome is then `interrupted`.
+    """
+    return _Run(argv, env, log_path, on_event, gpus, deadlines, interval_s).run()
+
+
+class _Run:
+    """The state of one run_child."""
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        log_path: Path,
+        on_event: Callable[[Event], None],
+        gpus: int,
+        deadlines: Deadlines,
+        interval_s: float,
+    ) -> None:
+        self.argv, self.log_path, self.on_event = list(argv), log_path, on_event
+        self.gpus, self.deadlines, self.interval_s = gpus, deadlines, interval_s
+        self.marker = uuid.uuid4().hex
+        self.env = {
+            "PYTHONUNBUFFERED": "1",  # else the last lines before a crash stay in the child's buffer
+            **env,
+            RUN_VARIABLE: self.marker,
+            "SPT_NOENV": "1",  # vLLM renames its processes; without this setproctitle overwrites the marker
+        }
+        self.phase: Phase = "start"
+        self.done = False
+        self.failed_message: str | None = None
+        self.exit_code: int | None = None  # as subprocess gives it: negative for a signal
+        self.refused: str | None = None
+        self.interrupted_by: int | None = None
+        self.interrupted_at = 0.0
+        self.kill_now = False
+        self.ended_for: str | None = None  # why the supervisor ended it
+        self.kill_at: float | None = None
+
+    def run(self) -> ChildOutcome:
+        begin = datetime.now(UTC).isoformat(timespec="milliseconds")
+        started = time.monotonic()
+        oom_before = memory.oom_kills()
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        nvml = _gpus(self.gpus, self.env)
+        with contextlib.ExitStack() as stack:
+            if nvml is not None:
+                stack.callback(nvml.close)
+            selector = stack.enter_context(selectors.DefaultSelector())
+            signals = stack.enter_context(_signals(self._interrupt))
+            selector.register(signals, selectors.EVENT_READ)
+            log = self.log_path.open("ab", buffering=0)
+            stack.callback(log.close)
+            tail = stack.enter_context(_Tail(self.log_path, log.seek(0, os.SEEK_END)))
+            events, events_child = os.pipe()
+            stack.callback(os.close, events)
+            status, status_guardian = os.pipe()
+            stack.callback(os.close, status)
+            control_guardian, self.control = os.pipe()
+            self.env[EVENTS_VARIABLE] = str(events_child)
+            guard = [str(fd) for fd in (control_guardian, status_guardian, events_child)]
+            linger = str(self.deadlines.linger_s)
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", guardian.__file__, *guard, linger, "--", *self.argv],
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(control_guardian, status_guardian, events_child),
+                start_new_session=True,
+            )
+            # Runs whatever happens below: closing the control pipe tells the guardian to kill everything.
+            stack.callback(self._clear_up, process)
+            stack.callback(os.close, self.control)
+            for fd in (control_guardian, status_guardian, events_child):
+                os.close(fd)
+            sampler = memory.Sampler(process.pid, nvml, self.interval_s)
+            stack.callback(sampler.stop)
+            self._watch(selector, signals, events, status, tail, sampler, started)
+            while self._read_log(tail, sampler):
+                pass
+            phases = sampler.stop()
+        return self._outcome(begin, time.monotonic() - started, tail, sampler.trace, phases, oom_before)
+
+    def _watch(
+        self,
+        selector: selectors.BaseSelector,
+        signals: int,
+        events: int,
+        status: int,
+        tail: _Tail,
+        sampler: memory.Sampler,
+        started: float,
+    ) -> None:
+        """Follow the child until the guardian has nothing left to guard."""
+        lines: dict[int, _Lines] = {}
+        for fd in (events, status):
+            os.set_blocking(fd, False)
+            selector.register(fd, selectors.EVENT_READ)
+            lines[fd] = _Lines(fd)
+        alive = started
+        done_at: float | None = None
+        guarded = True
+        while guarded:
+            for key, _ in selector.select(_TICK_S):
+                fd = key.fd
+                if fd == signals:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(signals, 64)
+                    continue
+                for record in lines[fd].read():
+                    if fd == status:
+                        self._status(record)
+                    elif isinstance(record.get("event"), str):
+                        alive = time.monotonic()
+                        self._event(record, sampler)
+                if lines[fd].ended:
+                    selector.unregister(fd)
+                    guarded = guarded and fd != status
+            if self._read_log(tail, sampler):
+                alive = time.monotonic()
+            now = time.monotonic()
+            if self.done and done_at is None:
+                done_at = now
+            self._enforce(now, started, alive, done_at)
+        if not lines[events].ended:
+            for record in lines[events].read():
+                if isinstance(record.get("event"), str):
+                    self._event(record, sampler)
+
+    def _status(self, record: Event) -> None:
+        if "exited" in record:
+            self.exit_code = record["exited"]
+        elif "refused" in record:
+            self.refused = record["refused"]
+        elif "stuck" in record:
+            print(f"processes {record['stuck']} did not end on SIGKILL", file=sys.stderr, flush=True)
+
+    def _event(self, event: Event, sampler: memory.Sampler) -> None:
+        name = event["event"]
+        if name == "phase" and event.get("phase") in failures.PHASES:
+            self._enter(event["phase"], sampler)
+        elif name == "unit_started":
+            self._enter("tasks", sampler, f"task:{event.get('unit', '')}")
+        elif name == "done":
+            self.done = True
+            self._enter("end", sampler)
+        elif name == "failed":
+            self.failed_message = str(event.get("message", ""))
+        self.on_event(event)
+
+    def _enter(self, phase: Phase, sampler: memory.Sampler, name: str | None = None) -> None:
+        if failures.PHASES.index(phase) >= failures.PHASES.index(self.phase):
+            self.phase = phase
+            sampler.enter(name or phase)
+
+    def _read_log(self, tail: _Tail, sampler: memory.Sampler) -> bool:
+        """Take in what was added to the log; whether anything was."""
+        grown = False
+        for line in tail.read():
+            grown = True
+            if line is not None and (phase := failures.phase_after(line, self.phase)) != self.phase:
+                self._enter(phase, sampler)
+        return grown
+
+    def _interrupt(self, number: int) -> None:
+        now = time.monotonic()
+        if self.interrupted_by is None:
+            self.interrupted_by, self.interrupted_at = number, now
+        elif now - self.interrupted_at > _SAME_REQUEST_S:
+            self.kill_now = True
+
+    def _enforce(self, now: float, started: float, alive: float, done_at: float | None) -> None:
+        """End the child if it is time to."""
+        limits = self.deadlines
+        if self.kill_at is None and self.exit_code is None:
+            if self.interrupted_by is not None:
+                self.ended_for = f"interrupted by {signal.Signals(self.interrupted_by).name}"
+            elif done_at is not None:
+                if now - done_at > limits.after_done_s:
+                    self.ended_for = f"did not exit within {limits.after_done_s:g} s after its last task, and was ended"
+            elif limits.total_s is not None and now - started > limits.total_s:
+                self.ended_for = f"took longer than {limits.total_s:g} s"
+            elif limits.idle_s is not None and now - alive > limits.idle_s:
+                self.ended_for = f"gave no sign of life for {limits.idle_s:g} s"
+            if self.ended_for is not None:
+                self.kill_at = now + limits.grace_s
+                self._order(b"T")
+        if self.kill_now or (self.kill_at is not None and now >= self.kill_at):
+            self.kill_at = float("inf")
+            self.kill_now = False
+            self._order(b"K")
+
+    def _order(self, order: bytes) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self.control, order)
+
+    def _clear_up(self, process: subprocess.Popen[bytes]) -> None:
+        try:
+            process.wait(guardian.STUCK_S + 5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.returncode != 0:
+            # Somebody killed the guardian. The child died of that; what it started is found by its environment.
+            kill_marked(self.marker)
+
+    def _outcome(
+        self,
+        begin: str,
+        duration_s: float,
+        tail: _Tail,
+        trace: memory.Trace,
+        phases: list[PhasePeak],
+        oom_before: int,
+    ) -> ChildOutcome:
+        code = self.exit_code
+        returncode = code if code is not None and code >= 0 else None
+        signal_number = -code if code is not None and code < 0 else None
+        failure: FailureClass | None = None
+        message: str | None = None
+        if self.done:
+            message = self.ended_for
+            if message is None and code != 0:
+                message = f"ended with {_how(code)} after its last task"
+        elif self.interrupted_by is not None:
+            failure, message = "interrupted", self.ended_for or "interrupted"
+        elif self.ended_for is not None:
+            failure, message = "deadline", self.ended_for
+        elif self.refused is not None:
+            failure, message = "not_memory", f"could not be started: {self.refused}"
+        else:
+            oom = memory.oom_kills() > oom_before
+            failure, message = failures.classify(tail.lines(), returncode, signal_number, oom, self.phase)
+            if failure == "not_memory":
+                message = self.failed_message or message
+                if code == 0:
+                    message = self.failed_message or "ended with exit code 0 before it had done its tasks"
+                elif code is None:
+                    message = "its guardian process was killed"
+        gpu_peaks = [peak.gpu_peak_bytes for peak in phases if peak.gpu_peak_bytes is not None]
+        return ChildOutcome(
+            finished=self.done,
+            returncode=returncode,
+            signal=signal_number,
+            failure=failure,
+            message=message,
+            interrupted_by=self.interrupted_by,
+            phases=tuple(phases),
+            trace=trace,
+            begin=begin,
+            duration_s=round(duration_s, 3),
+            gpu_peak_bytes=max(gpu_peaks, default=None),
+            host_peak_bytes=max((peak.host_peak_bytes for peak in phases), default=0),
+        )
+
+
+def _how(code: int | None) -> str:
+    if code is None:
+        return "no exit code"
+    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+
+
+def _gpus(count: int, env: Mapping[str, str]) -> memory.Gpus | None:
+    if count == 0:
+        return None
+    try:
+        return memory.Gpus(count, env)
+    except RuntimeError as error:
+        print(error, file=sys.stderr, flush=True)
+        return None
+
+
+@contextlib.contextmanager
+def _signals(handle: Callable[[int], None]) -> Iterator[int]:
+    """Call `handle` on SIGTERM, SIGINT and SIGHUP; gives a file descriptor that becomes readable then.
+
+    A signal that is ignored, as SIGHUP is below nohup, stays so. Outside the main thread Python allows no handlers.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.set_blocking(writer, False)
+    before: dict[int, Any] = {}
+
+    def handler(number: int, _frame: object) -> None:
+        handle(number)
+        with contextlib.suppress(BlockingIOError):
+            os.write(writer, b"s")
+
+    number: int
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                with contextlib.suppress(ValueError):
+                    before[number] = signal.signal(number, handler)
+        yield reader
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+        os.close(reader)
+        os.close(writer)
+
+
+class _Lines:
+    """JSON objects, one a line, from a pipe that does not block. What is no JSON object is passed over."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.rest = b""
+        self.ended = False
+
+    def read(self) -> Iterator[Event]:
+        while not self.ended:
+            try:
+                data = os.read(self.fd, 65536)
+            except BlockingIOError:
+                return
+            self.ended = not data
+            *whole, self.rest = (self.rest + data).split(b"\n")
+            if len(self.rest) > _LONGEST_EVENT_BYTES:
+                self.rest = b""
+            for line in whole:
+                with contextlib.suppress(ValueError, RecursionError):
+                    if isinstance(record := json.loads(line), dict):
+                        yield record
+
+
+class _Tail:
+    """Reads a growing log from `offset` on, and keeps of it what a failure can be told by, in bounded memory."""
+
+    PIECE_BYTES = 2**20
+    LONGEST_LINE_BYTES = 2**16
+    FIRST, LAST, END = 500, 1500, 100
+
+    def __init__(self, path: Path, offset: int) -> None:
+        self._stream = path.open("rb", buffering=0)
+        self._stream.seek(offset)
+        self._texts = [text.encode() for text in failures.patterns().texts()]
+        self._rest = b""
+        self._number = 0
+        self._first: list[tuple[int, str]] = []
+        self._last: deque[tuple[int, str]] = deque(maxlen=self.LAST)
+        self._end: deque[tuple[int, str]] = deque(maxlen=self.END)
+
+    def __enter__(self) -> _Tail:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def read(self) -> Iterator[str | None]:
+        """The new lines that hold one of the texts, and None for a piece of log without any; of 16 pieces at most."""
+        for _ in range(16):
+            data = self._stream.read(self.PIECE_BYTES)
+            if not data:
+                return
+            # Progress bars overwrite their line by carriage returns.
+            piece = (self._rest + data).replace(b"\r", b"\n")
+            cut = piece.rfind(b"\n") + 1
+            if cut == 0 and len(piece) > self.LONGEST_LINE_BYTES:
+                cut = len(piece)
+            piece, self._rest = piece[:cut], piece[cut:]
+            yield from self._take(piece)
+
+    def _take(self, piece: bytes) -> Iterator[str | None]:
+        if not any(text in piece for text in self._texts):
+            count = piece.count(b"\n")
+            last = piece.rsplit(b"\n", self.END + 1)[1:] if count > self.END else piece.split(b"\n")
+            self._number += count + 1
+            for index, line in enumerate(last):
+                self._keep_end(self._number - len(last) + index, line)
+            yield None
+            return
+        for line in piece.split(b"\n"):
+            self._number += 1
+            self._keep_end(self._number, line)
+            if any(text in line for text in self._texts):
+                entry = (self._number, self._text(line))
+                if len(self._first) < self.FIRST:
+                    self._first.append(entry)
+                else:
+                    self._last.append(entry)
+                yield entry[1]
+
+    def _keep_end(self, number: int, line: bytes) -> None:
+        if line.strip():
+            self._end.append((number, self._text(line)))
+
+    @staticmethod
+    def _text(line: bytes) -> str:
+        return line[:4000].decode("utf-8", "replace")
+
+    def lines(self) -> list[str]:
+        """What was kept: the lines with a text, and the last of all lines, in their order."""
+        if self._rest:
+            list(self._take(self._rest))
+            self._rest = b""
+        kept = dict(self._first) | dict(self._last) | dict(self._end)
+        return [kept[number] for number in sorted(kept)]
+
+
+def kill_marked(marker: str, deadline_s: float = 10.0) -> None:
+    """SIGKILL every process whose environment carries REPROVAL_RUN=`marker`, until there is none."""
+    end = time.monotonic() + deadline_s
+    while (found := marked(marker)) and time.monotonic() < end:
+        for pid in found:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def marked(marker: str) -> list[int]:
+    """Processes of this user, zombies apart, whose environment at their start carried REPROVAL_RUN=`marker`."""
+    wanted = f"{RUN_VARIABLE}={marker}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+    return found
+
+
+# --- the ladder ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BusyPolicy:
+    """How to wait for a GPU that a neighbour holds: `first_s`, then twice as long each time, `limit_s` in all."""
+
+    first_s: float = 15.0
+    longest_s: float = 240.0
+    limit_s: float = 1800.0
+
+    def waits(self) -> Iterator[float]:
+        """The waits in seconds, one after the other, until their sum is `limit_s`."""
+        left, wait = self.limit_s, self.first_s
+        while left > 0:
+            yield min(wait, left)
+            left -= wait
+            wait = min(2 * wait, self.longest_s)
+
+
+def climb(
+    ladder: Sequence[Rung],
+    start_child: Callable[[EngineSettings, int], ChildOutcome],
+    *,
+    on_cpu: bool = False,
+    busy: BusyPolicy = BusyPolicy(),
+    holders: Callable[[], Iterable[str]] = tuple,
+    wait: Callable[[float], None] = time.sleep,
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+) -> tuple[list[Attempt], bool]:
+    """Try the rungs from the first on until the engine finishes; every attempt, and whether one finished.
+
+    `start_child(settings, rung)` runs one attempt. After a failure of memory the next rung is the first later one that
+    differs from the failed settings in what helps against its class (failures.yaml, `answers`); others are passed over.
+    A failure that is not of memory, a deadline and an interruption end it. A GPU that a neighbour holds is waited for
+    on the same rung, as `busy` says; `holders` names who holds it, for the message.
+    """
+    attempts: list[Attempt] = []
+    rung, waits = 0, busy.waits()
+    while rung < len(ladder):
+        settings = ladder[rung].settings
+        outcome = start_child(settings, rung)
+        attempt = _attempt(rung, settings, outcome)
+        attempts.append(attempt)
+        if outcome.finished:
+            return attempts, True
+        failure = outcome.failure
+        if failure in (None, "not_memory", "deadline", "interrupted"):
+            return attempts, False
+        if failure == "gpu_busy":
+            who = "; ".join(holders()) or "NVML does not show who"
+            pause = next(waits, None)
+            if pause is None:
+                text = f"{outcome.message}; held by: {who}; waited {busy.limit_s:g} s for it"
+                attempts[-1] = attempt.model_copy(update={"message": text})
+                say(f"the GPU is still in use, giving up: {text}")
+                return attempts, False
+            say(f"the GPU is in use: {outcome.message}; held by: {who}; trying again in {pause:g} s")
+            wait(pause)
+            continue
+        later = range(rung + 1, len(ladder))
+        helps = (n for n in later if failures.answers(failure, settings, ladder[n].settings, on_cpu=on_cpu))
+        step = next(helps, None)
+        if step is None:
+            say(f"rung {rung} failed ({failure}: {outcome.message}), and no later rung answers that")
+            return attempts, False
+        changes = ", ".join(
+            f"{name} {before} -> {after}"
+            for name, before in settings
+            if (after := getattr(ladder[step].settings, name)) != before
+        )
+        say(f"rung {rung} failed ({failure}: {outcome.message}); going on with rung {step}: {changes}")
+        rung = step
+    return attempts, False
+
+
+def _attempt(rung: int, settings: EngineSettings, outcome: ChildOutcome) -> Attempt:
+    ending = "finished" if outcome.finished else "interrupted" if outcome.failure == "interrupted" else "failed"
+    return Attempt(
+        rung=rung,
+        settings=settings,
+        outcome=cast(Any, ending),
+        failure=outcome.failure,
+        message=outcome.message,
+        begin=outcome.begin,
+        duration_s=outcome.duration_s,
+        gpu_peak_bytes=outcome.gpu_peak_bytes,
+        host_peak_bytes=outcome.host_peak_bytes,
+        phases=list(outcome.phases),
+    )
