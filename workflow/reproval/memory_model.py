@@ -1,0 +1,271 @@
+"""How many bytes an engine start needs, part by part: the formulas that the plan is made of.
+
+Pure arithmetic on facts, with no engine and no GPU. docs/plan.md gives every formula with its source and says which
+constants were measured and which are assumed. Sources named here are files of vLLM 0.32.0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from reproval.records import (
+    CacheGroup,
+    Dtype,
+    EngineSettings,
+    Hardware,
+    MemoryPrediction,
+    ModelFacts,
+    TaskFacts,
+)
+
+Runner = Literal["v1", "v2"]
+Scoring = Literal["stock", "suffix"]
+
+KIB, MIB, GIB = 1024, 1024**2, 1024**3
+
+BLOCK_TOKENS = 16
+"""Tokens of one KV block on a GPU; a request holds whole blocks."""
+CPU_BLOCK_TOKENS = 128
+"""The CPU platform's default (platforms/cpu.py)."""
+LOGIT_ROWS_PER_CHUNK = 1024
+"""CHUNK_SIZE of v1/worker/gpu/sample/prompt_logprob.py."""
+VOCABULARY_PADDING = 64
+CONTEXT_BYTES = 512 * MIB
+"""CUDA context of one process (facts: about 0.5 GiB, measured)."""
+NCCL_BYTES = 512 * MIB
+"""Assumed: NCCL buffers and the custom all-reduce workspace of one rank when there is more than one."""
+GRAPHS_BASE_BYTES = 256 * MIB
+GRAPHS_BYTES_PER_LAYER = 12 * MIB
+"""Assumed: captured decode graphs grow with layers; vLLM takes a measured estimate of its own at start."""
+ENGINE_HOST_BYTES = 6 * GIB
+"""Assumed: Python, CUDA libraries and pinned buffers of the parent and one worker on a GPU machine."""
+ENGINE_HOST_BYTES_CPU = 3 * GIB
+"""Assumed: the same for the CPU build, without weights and cache."""
+STOCK_BYTES_PER_TOKEN = 560
+"""Host bytes per submitted prompt token of a request with prompt_logprobs (measured: 5.6 GB per 10 million)."""
+TOKENIZED_BYTES_PER_TOKEN = 40
+"""A Python int in a list, and its copy on the way to the engine: 8-byte pointers and 28-byte objects."""
+
+_ITEM_BYTES: dict[str, float] = {"float32": 4, "float16": 2, "bfloat16": 2}
+# Of safetensors' storage dtypes, those that are loaded in the plan's dtype; the rest stay as they are stored.
+_CAST_ON_LOAD = {"F64", "F32", "F16", "BF16"}
+_QUANTIZED_BYTES = {"fp8": 1.0, "bitsandbytes": 0.5 + 4 / 64}
+"""Bytes per linear parameter. NF4 keeps one float32 absmax for 64 values (bitsandbytes without double quantization)."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all tasks of a run together ask of an engine."""
+
+    requests: int
+    longest_tokens: int
+    prompt_tokens: int
+    prefill_tokens: int
+    generated_tokens: int
+    largest_task_tokens: int
+    largest_task_requests: int
+    loglikelihood: bool
+
+    @property
+    def mean_tokens(self) -> float:
+        return (self.prompt_tokens + self.generated_tokens) / max(self.requests, 1)
+
+
+def summarize(tasks: Iterable[TaskFacts]) -> Work:
+    """Add up tasks. Prefill counts a prefix that requests share once, as the prefix cache does."""
+    tasks = list(tasks)
+
+    def tokens(task: TaskFacts) -> int:
+        return task.context_tokens + task.continuation_tokens + task.generation_tokens
+
+    def prefilled(task: TaskFacts) -> int:
+        context = min(task.unique_prefix_tokens, task.context_tokens) or task.context_tokens
+        return context + task.continuation_tokens
+
+    return Work(
+        requests=sum(task.requests for task in tasks),
+        # A loglikelihood request holds one token more than it scores: lm-eval keeps max_length - 1 of its input.
+        longest_tokens=max(
+            (task.longest_request_tokens + (task.request_type != "generate_until") for task in tasks), default=1
+        ),
+        prompt_tokens=sum(task.context_tokens + task.continuation_tokens for task in tasks),
+        prefill_tokens=sum(prefilled(task) for task in tasks),
+        generated_tokens=sum(task.generation_tokens for task in tasks),
+        largest_task_tokens=max((tokens(task) for task in tasks), default=1),
+        largest_task_requests=max((task.requests for task in tasks), default=1),
+        loglikelihood=any(task.request_type != "generate_until" for task in tasks),
+    )
+
+
+def item_bytes(dtype: Dtype) -> int:
+    """Bytes of one element."""
+    return int(_ITEM_BYTES[dtype])
+
+
+def round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def padded_vocabulary(facts: ModelFacts) -> int:
+    return round_up(facts.vocab_size, VOCABULARY_PADDING)
+
+
+def weights_bytes(facts: ModelFacts, dtype: Dtype, quantization: str | None, tensor_parallel_size: int = 1) -> int:
+    """Bytes of the weights on one GPU.
+
+    A checkpoint that is already quantized keeps what it stores; only its 16- and 32-bit tensors take `dtype`. Else
+    `quantization` (fp8 or bitsandbytes) shrinks the linear layers, and embeddings, an untied lm_head and norms stay
+    in `dtype`. Norms are not divided by tensor parallelism, which is neglected.
+    """
+    item = item_bytes(dtype)
+    if facts.quantization is not None:
+        total: float = sum(
+            tensor.elements * item if tensor.dtype in _CAST_ON_LOAD else tensor.size_bytes for tensor in facts.tensors
+        )
+    elif quantization is None:
+        total = facts.parameters * item
+    else:
+        rest = facts.parameters - facts.linear_parameters
+        total = facts.linear_parameters * _QUANTIZED_BYTES[quantization] + rest * item
+    return math.ceil(total / tensor_parallel_size)
+
+
+def cache_item_bytes(dtype: Dtype, kv_cache_dtype: str) -> int:
+    return 1 if kv_cache_dtype.startswith("fp8") else item_bytes(dtype)
+
+
+def cache_bytes_per_token(facts: ModelFacts, dtype: Dtype, kv_cache_dtype: str = "auto", tp: int = 1) -> int:
+    """KV bytes that one more token of a short request costs on one GPU, all layers together."""
+    return sum(
+        group.elements_per_token * cache_item_bytes(dtype, kv_cache_dtype) // _cache_split(facts, group, tp)
+        for group in facts.cache
+    )
+
+
+def _cache_split(facts: ModelFacts, group: CacheGroup, tp: int) -> int:
+    # MLA's latent has no heads to divide; fewer KV heads than ranks are copied to each rank.
+    return 1 if group.kind == "mla" else min(tp, facts.kv_heads) if group.kind != "state" else tp
+
+
+def request_cache_bytes(facts: ModelFacts, settings: EngineSettings, tokens: int, block: int = BLOCK_TOKENS) -> int:
+    """KV bytes that one request of `tokens` holds on one GPU, in whole blocks.
+
+    A sliding-window layer keeps the window and what one step may add (SlidingWindowSpec.max_memory_usage_bytes of
+    v1/kv_cache_interface.py), a state layer a fixed size.
+    """
+    item = cache_item_bytes(settings.dtype, settings.kv_cache_dtype)
+    total = 0
+    for group in facts.cache:
+        split = _cache_split(facts, group, settings.tensor_parallel_size)
+        kept = tokens
+        if group.kind == "sliding" and group.window_tokens is not None:
+            kept = min(tokens, group.window_tokens - 1 + settings.max_num_batched_tokens + block)
+        total += round_up(kept, block) * group.elements_per_token * item // split + group.state_bytes // split
+    return total
+
+
+def prompt_logprobs_bytes(
+    facts: ModelFacts, settings: EngineSettings, runner: Runner, scoring: Scoring, longest_tokens: int
+) -> int:
+    """Transient of prompt logprobs in one step, which no profile of vLLM counts.
+
+    V2 (v1/worker/gpu/sample/prompt_logprob.py): logits of at most 1,024 rows at a time. The chunk before is still
+    referenced while the next is made, so a step of more than 1,024 rows holds two; soft-capping makes one copy more.
+    `stock` computes all rows of a step, `suffix` only those of one request's continuation at a time.
+    V1 (v1/worker/gpu_model_runner.py): all rows of a request in a step, logits and their float32 copies, while those
+    of the request before are not yet released: V x (10 T_i + 4 T_(i-1)) bytes for a 16-bit dtype.
+    """
+    item = item_bytes(settings.dtype)
+    vocabulary = padded_vocabulary(facts)
+    in_request = min(settings.max_num_batched_tokens, settings.max_model_len - 1, longest_tokens)
+    if runner == "v1":
+        first = in_request
+        second = min(settings.max_num_batched_tokens - first, longest_tokens)
+        return vocabulary * ((item + 8) * first + 4 * max(second, 0))
+    rows = settings.max_num_batched_tokens if scoring == "stock" else in_request
+    copies = (1 if rows <= LOGIT_ROWS_PER_CHUNK else 2) + facts.soft_caps_logits
+    return copies * min(rows, LOGIT_ROWS_PER_CHUNK) * vocabulary * item
+
+
+def activations_bytes(facts: ModelFacts, settings: EngineSettings) -> int:
+    """Peak of the activations of one forward pass over B = max_num_batched_tokens tokens on one GPU.
+
+    Two residual streams, and the larger of attention's and the MLP's tensors. A mixture of experts repeats its rows
+    for every expert of a token. Assumed from the shapes; vLLM measures it in its profile run.
+    """
+    item = item_bytes(settings.dtype)
+    tp = settings.tensor_parallel_size
+    attention = (2 * facts.attention_heads + 2 * facts.kv_heads) * facts.head_dim // tp
+    mlp = 3 * facts.intermediate_size // tp
+    if facts.experts:
+        mlp = max(facts.experts_per_token, 1) * (mlp + facts.hidden_size)
+    return settings.max_num_batched_tokens * item * (2 * facts.hidden_size + max(attention, mlp))
+
+
+def sampler_bytes(facts: ModelFacts, settings: EngineSettings, runner: Runner, generates: bool) -> int:
+    """State and transient of sampling for max_num_seqs requests.
+
+    V2 keeps a count of 4 bytes and a bit for each request and vocabulary entry (PenaltiesState of
+    v1/worker/gpu/sample/penalties.py). In a step there are the logits and, where a temperature or penalty changes
+    them, a float32 copy; V1 always makes the copy.
+    """
+    cells = settings.max_num_seqs * padded_vocabulary(facts)
+    state = cells * 4 + cells // 8 if runner == "v2" else 0
+    return state + cells * (item_bytes(settings.dtype) + (4 if generates or runner == "v1" else 0))
+
+
+def host_bytes(settings: EngineSettings, work: Work, scoring: Scoring, on_gpu: bool) -> int:
+    """Resident memory of the process tree beside weights and cache: the engine, tokens, and outputs in flight."""
+    in_flight = min(settings.submit_batch, max(work.requests, 1)) * work.mean_tokens
+    outputs = in_flight * (STOCK_BYTES_PER_TOKEN if scoring == "stock" and work.loglikelihood else 0)
+    base = ENGINE_HOST_BYTES if on_gpu else ENGINE_HOST_BYTES_CPU
+    return math.ceil(base * (settings.tensor_parallel_size + 1) / 2 + outputs + host_tokens_bytes(work))
+
+
+def host_tokens_bytes(work: Work) -> int:
+    return work.prompt_tokens * TOKENIZED_BYTES_PER_TOKEN
+
+
+def predict(
+    facts: ModelFacts,
+    settings: EngineSettings,
+    work: Work,
+    hardware: Hardware,
+    runner: Runner,
+    scoring: Scoring,
+) -> MemoryPrediction:
+    """The parts and their sum on one GPU (on a CPU machine: in host memory).
+
+    The parts do not all peak at the same moment; the sum is what the caching allocator may hold reserved. With
+    `kv_cache_memory_bytes` the cache is that; else it is what vLLM makes of `gpu_memory_utilization`
+    (Worker.determine_available_memory of v1/worker/gpu_worker.py), and may come out at 0 or below.
+    """
+    on_gpu = hardware.gpus > 0
+    tp = settings.tensor_parallel_size
+    weights = weights_bytes(facts, settings.dtype, settings.quantization, tp)
+    activations = activations_bytes(facts, settings)
+    sampler = sampler_bytes(facts, settings, runner, work.generated_tokens > 0)
+    graphs = 0 if settings.enforce_eager else GRAPHS_BASE_BYTES + GRAPHS_BYTES_PER_LAYER * facts.layers
+    context = (CONTEXT_BYTES + (NCCL_BYTES if tp > 1 else 0)) if on_gpu else 0
+    transient = prompt_logprobs_bytes(facts, settings, runner, scoring, work.longest_tokens) * work.loglikelihood
+    if settings.kv_cache_memory_bytes is not None:
+        cache = settings.kv_cache_memory_bytes
+    else:
+        requested = math.ceil(hardware.gpu_memory_bytes * (settings.gpu_memory_utilization or 0))
+        cache = max(0, requested - weights - activations - sampler - graphs)
+    peak = weights + cache + activations + transient + sampler + graphs + context
+    host = host_bytes(settings, work, scoring, on_gpu)
+    return MemoryPrediction(
+        weights_bytes=weights,
+        kv_cache_bytes=cache,
+        activations_bytes=activations,
+        prompt_logprobs_bytes=transient,
+        sampler_bytes=sampler,
+        cuda_graphs_bytes=graphs,
+        context_bytes=context,
+        peak_bytes=peak,
+        host_bytes=host if on_gpu else host + peak,
+    )

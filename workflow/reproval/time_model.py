@@ -1,0 +1,98 @@
+"""How long an evaluation will take, by one table of constants: to choose graphs or eager, and to plan GPU hours.
+
+docs/plan.md says where each constant comes from. The numbers are estimates; a result never depends on them.
+"""
+
+from __future__ import annotations
+
+import math
+
+from reproval.memory_model import Work, cache_bytes_per_token, request_cache_bytes, weights_bytes
+from reproval.records import EngineSettings, Hardware, ModelFacts, TimeEstimate
+
+# Dense 16-bit floating point operations and memory bandwidth of one GPU, by a part of its name (vendors' data sheets).
+_GPUS: list[tuple[str, float, float]] = [
+    ("B200", 2250e12, 8.0e12),
+    ("H200", 989e12, 4.8e12),
+    ("H100", 989e12, 3.35e12),
+    ("A100", 312e12, 2.0e12),
+    ("L40S", 362e12, 0.864e12),
+    ("A10", 125e12, 0.6e12),
+    ("L4", 121e12, 0.3e12),
+    ("4090", 165e12, 1.0e12),
+    ("V100", 125e12, 0.9e12),
+]
+_UNKNOWN_GPU = (312e12, 2.0e12)
+"""Assumed for a GPU that is not in the table: an A100."""
+_CPU_CORE = (40e9, 10e9)
+"""Assumed operations and bytes a second of one CPU core."""
+
+START_EAGER_S = 35.0
+START_GRAPHS_S = 93.0
+"""Measured on an H100 with a 4B model and dummy weights."""
+START_CPU_S = 60.0
+"""Assumed, with the 37 s of warm-up that the first request of the CPU build was measured to cost."""
+READ_BYTES_PER_S = 1e9
+"""Assumed: weights from the store."""
+PREFILL_EFFICIENCY = 0.4
+"""Assumed share of peak operations in prefill."""
+BANDWIDTH_EFFICIENCY = 0.6
+"""Assumed share of peak bandwidth in decode."""
+REQUEST_S = 1e-3
+"""Python for one request (measured: about 1 ms)."""
+STEP_S_PER_SEQUENCE = 27e-6
+EAGER_STEP_S_PER_LAYER = 0.41e-3
+"""Fitted to the one measurement: 6,952 tokens/s eager and 11,606 with graphs, 256 requests, 36 layers."""
+
+
+def estimate(facts: ModelFacts, work: Work, settings: EngineSettings, hardware: Hardware) -> TimeEstimate:
+    """Engine start and work in seconds. Prefill is bound by arithmetic, decode by memory, both by Python."""
+    tp = settings.tensor_parallel_size
+    if hardware.gpus:
+        operations, bandwidth = gpu_speed(hardware.gpu_name)
+        start = START_EAGER_S if settings.enforce_eager else START_GRAPHS_S
+    else:
+        operations, bandwidth = (rate * hardware.cpus for rate in _CPU_CORE)
+        start = START_CPU_S
+    weights = weights_bytes(facts, settings.dtype, settings.quantization, tp)
+    start += weights * tp / READ_BYTES_PER_S
+    active = active_parameters(facts)
+    prefill = 2 * active * work.prefill_tokens / (operations * PREFILL_EFFICIENCY * tp)
+    decode = _decode_s(facts, work, settings, weights, bandwidth * BANDWIDTH_EFFICIENCY)
+    seconds = prefill + decode + work.requests * REQUEST_S
+    return TimeEstimate(
+        engine_start_s=round(start, 1),
+        work_s=round(seconds, 1),
+        gpu_hours=round((start + seconds) / 3600 * tp, 3) if hardware.gpus else 0.0,
+    )
+
+
+def gpu_speed(name: str | None) -> tuple[float, float]:
+    """Peak operations and bytes a second of a GPU by its name."""
+    known = (name or "").upper()
+    return next(((flops, rate) for part, flops, rate in _GPUS if part in known), _UNKNOWN_GPU)
+
+
+def active_parameters(facts: ModelFacts) -> int:
+    """Parameters that one token meets: all but the experts that it is not sent to."""
+    if not facts.experts:
+        return facts.parameters
+    mixture_layers = facts.layers
+    expert = 3 * facts.hidden_size * facts.intermediate_size
+    idle = mixture_layers * (facts.experts - facts.experts_per_token) * expert
+    return max(facts.parameters - idle, facts.parameters // 50)
+
+
+def _decode_s(facts: ModelFacts, work: Work, settings: EngineSettings, weights: int, bytes_per_s: float) -> float:
+    if not work.generated_tokens:
+        return 0.0
+    tokens = max(16, math.ceil(work.mean_tokens))
+    each = request_cache_bytes(facts, settings, tokens)
+    room = settings.kv_cache_memory_bytes or 0
+    running = max(
+        1, min(settings.max_num_seqs, work.requests, room // each if each and room else settings.max_num_seqs)
+    )
+    per_token = cache_bytes_per_token(facts, settings.dtype, settings.kv_cache_dtype, settings.tensor_parallel_size)
+    step = (weights + running * tokens * per_token) / bytes_per_s
+    step += running * STEP_S_PER_SEQUENCE + (EAGER_STEP_S_PER_LAYER * facts.layers if settings.enforce_eager else 0)
+    return work.generated_tokens / running * step
