@@ -305,6 +305,13 @@ class Attempt(Part):
     phases: list[PhasePeak]
 
 
+class Attempts(Record):
+    """Attempts of the jobs of one run so far, kept beside the results: a failed job leaves no evaluation."""
+
+    kind: Literal["attempts"] = "attempts"
+    attempts: list[Attempt]
+
+
 class Score(Part):
     task: str
     metric: str

@@ -1,0 +1,267 @@
+"""The child of `evaluate`: starts the engine once, runs lm-eval on every unit, keeps each result as soon as it is done.
+
+It is told what to do by a file (ChildTask) and reports by events, one JSON object a line, to the file descriptor in
+REPROVAL_EVENTS_FD. It decides nothing about memory: when it fails, its supervisor reads why and starts another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from reproval import keep, provenance
+from reproval.files import atomic, read_record, sha256_file, sha256_json, write_record
+from reproval.records import EngineSettings, Part, PulledLever, Record, Score, UnitResult
+from reproval.run_file import RunFile
+from reproval.settings import Unit
+from reproval.tasks import chat_arguments, manager, seeds
+
+Emit = Callable[..., None]
+
+
+class ChildUnit(Part):
+    unit: Unit
+    key: str
+    made_of: dict[str, Any]
+    folder: str
+    tokens: int = Field(description="The unit's share of the work, for progress.")
+
+
+class ChildTask(Record):
+    """What one start of the engine is to do."""
+
+    run: RunFile
+    settings: EngineSettings
+    model_folder: str
+    request_cache: str
+    score_levers: list[PulledLever]
+    units: list[ChildUnit]
+    kept_tokens: int
+
+
+def event_stream() -> Emit:
+    """A function that writes an event to the supervisor, or nowhere when started by hand."""
+    number = os.environ.get("REPROVAL_EVENTS_FD")
+    if number is None:
+        return lambda event, **fields: None
+    stream = os.fdopen(int(number), "w", encoding="utf-8", buffering=1)
+
+    def emit(event: str, **fields: Any) -> None:
+        stream.write(json.dumps({"event": event, **fields}) + "\n")
+
+    return emit
+
+
+def environment(run: RunFile) -> dict[str, str]:
+    """Variables that the engine reads at import, so that its supervisor has to set them."""
+    chosen = {
+        # One process: the order of requests, and with it every batch, is the same from run to run.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if run.batch_invariant:
+        chosen["VLLM_BATCH_INVARIANT"] = "1"
+    return chosen
+
+
+def engine_arguments(task: ChildTask) -> dict[str, Any]:
+    """Arguments of vLLM's LLM(), as lm-eval's model class passes them on."""
+    settings = task.settings
+    asked: dict[str, Any] = {
+        "pretrained": task.model_folder,
+        "trust_remote_code": task.run.run.model.trust_remote_code,
+        "dtype": settings.dtype,
+        "quantization": settings.quantization,
+        "kv_cache_dtype": settings.kv_cache_dtype,
+        "max_model_len": settings.max_model_len,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "max_num_seqs": settings.max_num_seqs,
+        "enforce_eager": settings.enforce_eager,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "seed": settings.seed,
+    }
+    for name in ("gpu_memory_utilization", "kv_cache_memory_bytes"):
+        if (value := getattr(settings, name)) is not None:
+            asked[name] = value
+    return asked
+
+
+def resolved_arguments(config: Any) -> dict[str, Any]:
+    """What the engine made of its arguments: scalars of a VllmConfig by their names there."""
+    wanted = {
+        "model_config": ("dtype", "max_model_len", "quantization", "seed", "enforce_eager", "trust_remote_code"),
+        "cache_config": (
+            "block_size",
+            "cache_dtype",
+            "enable_prefix_caching",
+            "gpu_memory_utilization",
+            "kv_cache_memory_bytes",
+            "num_gpu_blocks",
+        ),
+        "scheduler_config": ("max_num_batched_tokens", "max_num_seqs", "enable_chunked_prefill", "async_scheduling"),
+        "parallel_config": ("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend"),
+        "load_config": ("load_format",),
+        "device_config": ("device_type",),
+    }
+    found: dict[str, Any] = {}
+    for section, names in wanted.items():
+        for name in names:
+            value = getattr(getattr(config, section, None), name, None)
+            found[f"{section}.{name}"] = value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+    return found
+
+
+def scores_of(results: dict[str, Any]) -> list[Score]:
+    """Every number of lm-eval's results as a Score, in lm-eval's order, groups included."""
+    groups = set(results.get("groups") or {})
+    scores = []
+    for task, values in results["results"].items():
+        sizes = (results.get("n-samples") or {}).get(task) or {}
+        better = (results.get("higher_is_better") or {}).get(task) or {}
+        for name, value in values.items():
+            metric, comma, filter_name = name.partition(",")
+            if not comma or metric.endswith("_stderr") or isinstance(value, str):
+                continue
+            stderr = values.get(f"{metric}_stderr,{filter_name}")
+            scores.append(
+                Score(
+                    task=task,
+                    metric=metric,
+                    filter=filter_name,
+                    value=float(value),
+                    stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
+                    n=sizes.get("effective") or values.get("sample_len"),
+                    higher_is_better=better.get(metric),
+                    group=task in groups,
+                )
+            )
+    return scores
+
+
+def write_samples(path: Path, samples: dict[str, list[dict[str, Any]]]) -> None:
+    """One line a sample with its task, gzip; the same samples make the same bytes."""
+    from lm_eval.utils import handle_non_serializable
+
+    with atomic(path, "wb") as raw, gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as stream:
+        for task, rows in samples.items():
+            for row in sorted(rows, key=lambda row: (row["doc_id"], row["filter"])):
+                line = json.dumps({"task": task, **row}, default=handle_non_serializable, ensure_ascii=False)
+                stream.write(line.encode("utf-8") + b"\n")
+
+
+def evaluate_unit(model: Any, entry: ChildUnit, task: ChildTask, arguments: dict[str, Any]) -> None:
+    """Run one unit through lm-eval and keep its result under its key."""
+    from lm_eval import simple_evaluate
+    from lm_eval.utils import handle_non_serializable
+
+    begin, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+    unit, settings = entry.unit, entry.unit.settings
+    model.reset_paths()
+    results = simple_evaluate(
+        model=model,
+        tasks=[unit.task],
+        task_manager=manager(unit.include_path),
+        num_fewshot=settings.num_fewshot,
+        limit=settings.limit,
+        gen_kwargs=dict(settings.generation) if settings.generation else None,
+        confirm_run_unsafe_code=unit.unsafe_code,
+        log_samples=True,
+        **chat_arguments(settings),
+        **seeds(task.run.seed),
+    )
+    assert results is not None
+    samples = results.pop("samples")
+    # Of lm-eval's own environment dump only what is not the machine's business stays.
+    for private in ("pretty_env_info", "upper_git_hash", "git_hash", "config"):
+        results.pop(private, None)
+    plain = json.loads(json.dumps(results, default=handle_non_serializable))
+    folder = Path(entry.folder)
+    with keep.new_folder(folder) as part:
+        write_samples(part / keep.SAMPLES, samples)
+        write_record(
+            part / keep.RESULT,
+            UnitResult(
+                key=entry.key,
+                made_of=entry.made_of,
+                model=task.run.run.model_name,
+                suite=unit.suite,
+                task=unit.task,
+                scores=scores_of(plain),
+                versions=plain["versions"],
+                n_shot=plain["n-shot"],
+                paths=dict(model.paths),
+                group_subtasks={name: list(tasks) for name, tasks in plain.get("group_subtasks", {}).items()},
+                task_hashes=entry.made_of["tasks"],
+                score_levers=task.score_levers,
+                begin=begin,
+                duration_s=time.monotonic() - clock,
+                provenance=provenance.collect(
+                    task.run.container, seeds(task.run.seed), task.run.batch_invariant, arguments
+                ),
+                samples_sha256=sha256_file(part / keep.SAMPLES),
+                lm_eval=plain,
+            ),
+        )
+
+
+def run(task: ChildTask, emit: Emit) -> None:
+    """Start the engine and evaluate every unit. Whatever it raises ends the child with a traceback in its log."""
+    from reproval.scoring import ReprovalVLLM
+
+    total = task.kept_tokens + sum(entry.tokens for entry in task.units)
+    finished = task.kept_tokens
+    tokens = 0
+
+    def on_progress(done: int, of: int) -> None:
+        emit("progress", done=finished + tokens * done / max(of, 1), total=total)
+
+    model = ReprovalVLLM(
+        **engine_arguments(task),
+        submit_batch=task.settings.submit_batch,
+        request_cache=Path(task.request_cache),
+        cache_key=sha256_json(task.units[0].made_of["engine"]),
+        on_progress=on_progress,
+    )
+    arguments = resolved_arguments(model.model.llm_engine.vllm_config)
+    emit("engine", arguments=arguments)
+    for entry in task.units:
+        tokens = entry.tokens
+        emit("unit_started", unit=entry.unit.name)
+        evaluate_unit(model, entry, task, arguments)
+        finished += tokens
+        emit("progress", done=finished, total=total)
+        emit("unit_done", unit=entry.unit.name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("task", type=Path, help="a ChildTask record")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
+    emit = event_stream()
+    run(read_record(options.task, ChildTask), emit)
+    emit("done")
+    # Everything is on disk. What an engine's own shutdown may still wait for concerns nobody.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

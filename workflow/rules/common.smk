@@ -1,0 +1,104 @@
+# The configuration, checked, and what the rules of every stage share.
+
+import os
+import shlex
+import sys
+
+from snakemake.exceptions import WorkflowError
+from snakemake.settings.types import DeploymentMethod
+
+BASE = Path(workflow.basedir)
+sys.path.insert(0, str(BASE / "workflow"))
+
+from reproval import config as configuration
+from reproval import provenance, run_file
+from reproval.files import sha256_json
+
+try:
+    CONFIG = configuration.load(config, [Path(name) for name in workflow.configfiles], BASE, Path.cwd())
+except configuration.ConfigError as error:
+    raise WorkflowError(str(error))
+
+# --- where the engine runs -------------------------------------------------------------------------------------------
+
+CONTAINERIZED = DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
+CONTAINER = CONFIG.container.image if CONFIG.container else None
+if CONTAINERIZED and CONTAINER is None:
+    raise WorkflowError(
+        "--use-singularity needs `container:` in the configuration: an image by digest or a .sif file with its SHA-256; "
+        "without --use-singularity the jobs run in the environment of envs/"
+    )
+ENGINE_ENV = "gpu" if CONFIG.hardware.gpus else "cpu"
+ENVIRONMENT = CONTAINER if CONTAINERIZED else configuration.lock_identity(BASE / "envs", ENGINE_ENV)
+ENGINE = "python3" if CONTAINERIZED else shlex.join([str(BASE / "envs" / "python"), ENGINE_ENV])
+CONTROLLER = shlex.quote(sys.executable)
+
+# --- what is evaluated -----------------------------------------------------------------------------------------------
+
+RUNS = {run.name: run for run in configuration.runs(CONFIG, BASE, Path.cwd(), ENVIRONMENT)}
+RUN_FILES = {name: run_file.run_file(run, CONFIG, ENVIRONMENT) for name, run in RUNS.items()}
+SNAPSHOT = run_file.write_snapshot(Path(".snakemake/reproval"), list(RUN_FILES.values()))
+STORE = CONFIG.store
+TIERS = configuration.find(CONFIG.tiers, BASE, Path.cwd())
+
+
+# On one machine a GPU serves one job at a time unless --resources gpu=N says that there are more. The scope is local:
+# a scheduler's queue is not held back by it.
+workflow.global_resources.setdefault("gpu", Resource("gpu", max(CONFIG.hardware.gpus, 1)))
+
+
+resource_scopes:
+    gpu="local",
+
+
+# Manifest -> the runs it serves. A suite's is named by what its tasks are, a model's by which files it consists of.
+MODELS = {f"{run.model_name}-{sha256_json(run.identity['source'])[:12]}": name for name, run in RUNS.items()}
+SUITES = {
+    f"{suite}-{sha256_json([unit.model_dump() for run in RUNS.values() for unit in run.units if unit.suite == suite])[:12]}": [
+        name for name, run in RUNS.items() if any(unit.suite == suite for unit in run.units)
+    ]
+    for suite in CONFIG.suites
+}
+SUITES = {name: runs for name, runs in SUITES.items() if runs}
+
+
+def any_of(names):
+    return "|".join(map(re.escape, names))
+
+
+wildcard_constraints:
+    run=any_of(RUNS),
+    model=any_of(MODELS),
+    suite=any_of(SUITES),
+
+
+def manifests(wildcards):
+    """What has to be in the store before a run's model can be looked at."""
+    return {
+        "model": [f"{STORE}/manifests/models/{name}.json" for name, run in MODELS.items() if run == wildcards.run],
+        "tasks": [f"{STORE}/manifests/suites/{name}.json" for name, runs in SUITES.items() if wildcards.run in runs],
+    }
+
+# --- the environment of every job -------------------------------------------------------------------------------------
+
+# Caches follow HOME unless told, and HOME is the working directory in a container: keep them all in the store. No user
+# site-packages, no code from the caller's PYTHONPATH.
+CACHE = Path(STORE).resolve() / "cache"
+JOB_ENVIRONMENT = {
+    "PYTHONPATH": BASE / "workflow",
+    "PYTHONNOUSERSITE": 1,
+    "REPROVAL_GIT": provenance.git_note(),
+    "HF_HOME": Path(STORE).resolve() / "huggingface",
+    "XDG_CACHE_HOME": CACHE,
+    "VLLM_CACHE_ROOT": CACHE / "vllm",
+    "TRITON_CACHE_DIR": CACHE / "triton",
+    "TORCHINDUCTOR_CACHE_DIR": CACHE / "inductor",
+    "VLLM_NO_USAGE_STATS": 1,
+    "DO_NOT_TRACK": 1,
+}
+shell.prefix("".join(f"export {name}={shlex.quote(str(value))}; " for name, value in JOB_ENVIRONMENT.items()))
+
+# After `stage` nothing looks for the network, and no token reaches a job.
+OFFLINE = (
+    "env -u HF_TOKEN -u HUGGING_FACE_HUB_TOKEN HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 " + ENGINE
+)

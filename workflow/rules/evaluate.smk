@@ -1,0 +1,22 @@
+# One job a model: one engine start for all its tasks.
+
+
+rule evaluate:
+    input:
+        unpack(manifests),
+        run="results/runs/{run}/run.json",
+        facts="results/runs/{run}/facts.json",
+        plan="results/runs/{run}/plan.json",
+    output:
+        evaluation="results/runs/{run}/evaluation.json",
+        memory="results/runs/{run}/memory.parquet",
+    log:
+        "logs/evaluate/{run}.log",
+    threads: CONFIG.hardware.cpus
+    resources:
+        gpu=CONFIG.hardware.gpus,
+        mem_mb=round(CONFIG.hardware.host_memory_gib * 1024),
+    shell:
+        "{OFFLINE} -m reproval.evaluate --run {input.run:q} --facts {input.facts:q} --plan {input.plan:q}"
+        " --manifest {input.model:q} --results results --log {log:q}"
+        " --out {output.evaluation:q} --trace {output.memory:q}"

@@ -1,0 +1,46 @@
+# What is known of a model and its tasks, and what follows from it: on the CPU, before a GPU is asked for.
+
+
+rule facts:
+    input:
+        expand("results/runs/{run}/facts.json", run=RUNS),
+
+
+rule find_facts:
+    input:
+        unpack(manifests),
+        run="results/runs/{run}/run.json",
+    output:
+        "results/runs/{run}/facts.json",
+    log:
+        "logs/facts/{run}.log",
+    shell:
+        "{OFFLINE} -m reproval.facts --run {input.run:q} --manifest {input.model:q} --out {output:q} > {log:q} 2>&1"
+
+
+rule make_plan:
+    input:
+        run="results/runs/{run}/run.json",
+        facts="results/runs/{run}/facts.json",
+        tiers=TIERS,
+    output:
+        "results/runs/{run}/plan.json",
+    log:
+        "logs/plan/{run}.log",
+    container:
+        None
+    shell:
+        "{CONTROLLER} -m reproval.plan make --run {input.run:q} --facts {input.facts:q} --tiers {input.tiers:q}"
+        " --out {output:q} 2> {log:q}"
+
+
+rule plan:
+    # No output: it prints its table whenever it is asked for.
+    input:
+        expand("results/runs/{run}/plan.json", run=RUNS),
+    log:
+        "logs/plan/table.log",
+    container:
+        None
+    shell:
+        "{CONTROLLER} -m reproval.plan table {input:q} 2> {log:q}"

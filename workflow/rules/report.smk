@@ -1,0 +1,35 @@
+# All results, as tables and as one page.
+
+
+rule collect:
+    input:
+        expand("results/runs/{run}/evaluation.json", run=RUNS),
+    output:
+        csv=report("results/scores.csv", caption="../report/scores.rst", category="Scores"),
+        parquet="results/scores.parquet",
+    log:
+        "logs/report/collect.log",
+    container:
+        None
+    shell:
+        "{CONTROLLER} -m reproval.collect --results results --evaluations {input:q}"
+        " --csv {output.csv:q} --parquet {output.parquet:q} 2> {log:q}"
+
+
+rule report:
+    input:
+        evaluations=expand("results/runs/{run}/evaluation.json", run=RUNS),
+        memory=expand("results/runs/{run}/memory.parquet", run=RUNS),
+        facts=expand("results/runs/{run}/facts.json", run=RUNS),
+        scores=rules.collect.output,
+    output:
+        html=report("results/report.html", caption="../report/report.rst", category="Report"),
+        markdown="results/report.md",
+        json="results/report.json",
+    log:
+        "logs/report/report.log",
+    container:
+        None
+    shell:
+        "{CONTROLLER} -m reproval.report --results results --evaluations {input.evaluations:q}"
+        " --html {output.html:q} --markdown {output.markdown:q} --json {output.json:q} 2> {log:q}"

@@ -1,0 +1,47 @@
+# What needs the network: models and data sets, once, into the store.
+
+
+rule stage:
+    input:
+        expand(STORE + "/manifests/models/{model}.json", model=MODELS),
+        expand(STORE + "/manifests/suites/{suite}.json", suite=SUITES),
+
+
+rule describe:
+    # One run out of the configuration: what its jobs are told.
+    output:
+        "results/runs/{run}/run.json",
+    params:
+        digest=lambda wildcards: sha256_json(RUN_FILES[wildcards.run].model_dump(mode="json")),
+    log:
+        "logs/describe/{run}.log",
+    container:
+        None
+    shell:
+        "{CONTROLLER} -m reproval.run_file --snapshot {SNAPSHOT:q} --run {wildcards.run} --out {output:q} 2> {log:q}"
+
+
+rule stage_model:
+    # A model at its commit, or a local folder as it lies there.
+    input:
+        run=lambda wildcards: f"results/runs/{MODELS[wildcards.model]}/run.json",
+    output:
+        STORE + "/manifests/models/{model}.json",
+    log:
+        "logs/stage/model-{model}.log",
+    container:
+        None
+    shell:
+        "{CONTROLLER} -m reproval.stage model --run {input.run:q} --out {output:q} 2>&1 | tee {log:q}"
+
+
+rule stage_suite:
+    # The data sets of a suite, by letting lm-eval load every task.
+    input:
+        runs=lambda wildcards: expand("results/runs/{run}/run.json", run=SUITES[wildcards.suite]),
+    output:
+        STORE + "/manifests/suites/{suite}.json",
+    log:
+        "logs/stage/suite-{suite}.log",
+    shell:
+        "{ENGINE} -m reproval.stage tasks --suite {wildcards.suite} --runs {input.runs:q} --out {output:q} 2>&1 | tee {log:q}"
