@@ -1,0 +1,585 @@
+"""An lm-eval model on vLLM that computes the log-probabilities that are read, and no others.
+
+`ReprovalVLLM` is lm-eval's own vLLM model with other requests: the tokens that are scored, the text that is encoded
+and the results are the same. docs/scoring.md tells how. Use it alone with
+
+    python -m reproval.scoring run --model reproval-vllm --model_args pretrained=... --tasks ...
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
+
+import numpy as np
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import maybe_truncate, postprocess_generated_text
+from lm_eval.models.vllm_causallms import VLLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm  # type: ignore[import-untyped]
+from vllm import SamplingParams
+from vllm.inputs.engine import tokens_input
+from vllm.sampling_params import RequestOutputKind
+
+from reproval.records import ScoringPath
+from reproval.request_cache import RequestCache, request_digest
+from reproval.requests import (
+    FINAL,
+    Answer,
+    Pending,
+    PlannedRequest,
+    Read,
+    Span,
+    Tokens,
+    cut_left,
+    plan,
+    sort_key,
+    whole_request,
+    windows,
+)
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from numpy.typing import NDArray
+    from vllm import RequestOutput
+    from vllm.logprobs import FlatLogprobs
+
+Scoring = Literal["auto", "token_ids", "prompt_logprobs", "stock"]
+Result = tuple[float, bool | None]
+
+DEFAULT_SUBMIT_BATCH = 2048
+ATTEMPTS = 3
+GREEDY_TEMPERATURE = 1e-5
+"""vLLM's own limit below which sampling is greedy."""
+
+
+class _Item(NamedTuple):
+    """One span of tokens to score for lm-eval: where its result goes, and what it is called in lm-eval's own cache.
+
+    Of the windows of one text, only the last is counted as a request.
+    """
+
+    position: int
+    task: str
+    name: tuple[str, str] | None
+    context: list[int]
+    continuation: list[int]
+    counted: bool = True
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One request to the engine. `finish` takes its output and may give one more job.
+
+    `blocks` is what it may fill of the KV cache, where that has to be counted.
+    """
+
+    prompt: list[int]
+    params: SamplingParams
+    finish: Callable[[Any], _Job | None]
+    blocks: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Wanted:
+    """A span that is being scored, and the items that wait for it."""
+
+    pending: Pending
+    digest: bytes
+    key: bytes
+    items: list[_Item]
+    again: bool = False
+
+
+class _Progress:
+    """Counts finished lm-eval requests, for a callback or for a bar."""
+
+    def __init__(self, total: int, callback: Callable[[int, int], None] | None, quiet: bool, title: str) -> None:
+        self.done, self.total, self._callback = 0, total, callback
+        self._bar = tqdm(total=total, disable=quiet or callback is not None, desc=title)
+
+    def add(self, number: int = 1) -> None:
+        self.done += number
+        self._bar.update(number)
+        if self._callback is not None and number:
+            self._callback(self.done, self.total)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+@register_model("reproval-vllm")
+class ReprovalVLLM(VLLM):  # type: ignore[misc]
+    """lm-eval's vLLM model, at the cost that loglikelihood should have.
+
+    Beside the arguments of the stock model:
+
+    submit_batch: most requests in the engine at once, and lm-eval requests planned at once; bounds host memory.
+    request_cache, cache_key: folder and key of answers kept on disk as they come, so that an interrupted evaluation
+        goes on where it was. The key must name everything that decides an answer besides the request.
+    on_progress: called with (done, total) lm-eval requests of the call in hand.
+    scoring: "auto"; "token_ids" or "prompt_logprobs" to fix how prompt rows are read; "stock" for lm-eval's own code.
+    greedy_unread: tasks whose scores do not read `is_greedy` (reproval.requests.reads_is_greedy tells). Their
+        requests may get None for it. For all others it is always right.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        *,
+        submit_batch: int = DEFAULT_SUBMIT_BATCH,
+        request_cache: Path | str | None = None,
+        cache_key: str | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        scoring: Scoring = "auto",
+        greedy_unread: Collection[str] = (),
+        **engine: Any,
+    ) -> None:
+        """Start the engine. Raises ValueError for arguments that do not go together."""
+        if (request_cache is None) != (cache_key is None):
+            raise ValueError(
+                "request_cache and cache_key go together: without a key, kept answers could be another model's"
+            )
+        if int(submit_batch) < 1:
+            raise ValueError(f"submit_batch is {submit_batch}; expected a number of requests, at least 1")
+        if scoring not in get_args(Scoring):
+            raise ValueError(f"scoring is {scoring!r}; expected one of {', '.join(get_args(Scoring))}")
+        super().__init__(pretrained, **engine)
+        self.submit_batch = int(submit_batch)
+        self.on_progress = on_progress
+        self.greedy_unread = {greedy_unread} if isinstance(greedy_unread, str) else set(greedy_unread)
+        self.scoring: Scoring = scoring if self.data_parallel_size <= 1 else "stock"
+        self._cache = None if cache_key is None else RequestCache(Path(str(request_cache)), cache_key)
+        self._ids = count()
+        self._counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self._stock_tasks: list[str] = []
+
+    # --- what the engine takes ---------------------------------------------------------------------------------------
+
+    @property
+    def _engine_config(self) -> Any:
+        return self.model.llm_engine.vllm_config
+
+    @property
+    def _v2(self) -> bool:
+        return bool(self._engine_config.use_v2_model_runner)
+
+    @property
+    def _block_size(self) -> int:
+        """Tokens in a block of the prefix cache; 0 without prefix caching."""
+        cache = self._engine_config.cache_config
+        return int(cache.block_size) if cache.enable_prefix_caching else 0
+
+    def _read(self, greedy: bool) -> Read | None:
+        """How to read prompt rows; None where only lm-eval's own request is sure to be right."""
+        config = self._engine_config
+        model = config.model_config
+        if (
+            model.logprobs_mode != "raw_logprobs"
+            or config.speculative_config is not None
+            or model.is_diffusion
+            or config.cache_config.kv_sharing_fast_prefill
+        ):
+            return None
+        if self._v2:
+            if self.scoring == "auto":
+                return "prompt_logprobs" if greedy else "token_ids"
+            return "prompt_logprobs" if greedy else cast("Read", self.scoring)
+        # The V1 runner leaves rows before a prefix hit unwritten. Where the hit ended is known, unless the request was
+        # preempted and went on from another one. `_run` prevents that by counting KV blocks, which it can do only
+        # where every layer keeps every token.
+        layers = set(getattr(model.hf_text_config, "layer_types", None) or ())
+        uniform = not model.is_hybrid and len(layers) <= 1 and model.get_sliding_window() is None
+        return "prompt_logprobs" if uniform else None
+
+    # --- counting ----------------------------------------------------------------------------------------------------
+
+    @property
+    def paths(self) -> dict[str, ScoringPath]:
+        """By leaf task: how its requests were scored since the start or `reset_paths`."""
+        return {task: ScoringPath(**counts) for task, counts in self._counts.items()}
+
+    def reset_paths(self) -> None:
+        self._counts.clear()
+
+    # --- the engine's loop -------------------------------------------------------------------------------------------
+
+    def _run(self, jobs: Iterator[_Job]) -> None:
+        """Run all jobs, at most `submit_batch` in the engine at once; each is finished as it comes back.
+
+        Jobs are taken from the iterator while the engine works, so that it is not idle between windows.
+        """
+        engine = self.model.llm_engine
+        running: dict[str, _Job] = {}
+        first: list[_Job] = []  # To be submitted before anything else.
+        room = max((self._engine_config.cache_config.num_gpu_blocks or 0) - 2, 1)
+        try:
+            while True:
+                while len(running) < self.submit_batch:
+                    job = first.pop() if first else next(jobs, None)
+                    if job is None:
+                        break
+                    if running and job.blocks > room:
+                        first.append(job)
+                        break
+                    name = f"reproval-{next(self._ids)}"
+                    engine.add_request(name, tokens_input(job.prompt), job.params, lora_request=self.lora_request)
+                    running[name] = job
+                    room -= job.blocks
+                if not running:
+                    return
+                for output in engine.step():
+                    if output.finished:
+                        job = running.pop(output.request_id)
+                        room += job.blocks
+                        if (more := job.finish(output)) is not None:
+                            first.append(more)
+                if self._cache is not None:
+                    self._cache.flush()
+        finally:
+            if running:
+                engine.abort_request(list(running))
+            if self._cache is not None:
+                self._cache.flush()
+
+    # --- loglikelihood -----------------------------------------------------------------------------------------------
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Result]:
+        """(sum of log-probabilities, is_greedy) for each request's continuation."""
+        if self.scoring == "stock" or self.enable_thinking:
+            self._stock_tasks = [request.task_name or "" for request in requests]
+            return cast("list[Result]", super().loglikelihood(requests, disable_tqdm=disable_tqdm))
+
+        def items() -> Iterator[_Item]:
+            numbered = enumerate(requests)
+            for window in windows(numbered, self.submit_batch):
+                encoded = self._encode_pairs([request.args for _, request in window])
+                for (position, request), (context, continuation) in zip(window, encoded, strict=True):
+                    yield _Item(position, request.task_name or "", request.args, context, continuation)
+
+        return self._score(items(), len(requests), disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False
+    ) -> list[Result]:
+        if self.scoring != "stock":
+            items = (_Item(position, "", *request) for position, request in enumerate(requests))
+            return self._score(items, len(requests), disable_tqdm)
+        for task, (_, context, continuation) in zip(self._stock_tasks, requests, strict=False):
+            self._counts[task].update(requests=1, stock=1)
+            self._counts[task]["cut"] += len(context) + len(continuation) > self.max_length - 1
+        self._stock_tasks = []
+        return cast("list[Result]", super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm))
+
+    def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """The encoding of TemplateLM.loglikelihood and _encode_pair (lm-eval 0.4.13), for many pairs at once.
+
+        A context that many continuations share is encoded once, and a fast tokenizer uses all cores.
+        """
+        kept = [context.rstrip() for context, _ in pairs]
+        wholes = self._encode_texts({context + continuation for context, continuation in pairs if context})
+        contexts = self._encode_texts(kept)
+        encoded = []
+        for (context, continuation), kept_context in zip(pairs, kept, strict=True):
+            if context:
+                # Trailing spaces go over to the continuation, so the text as a whole stays the same.
+                ids = contexts[kept_context]
+                encoded.append((ids, wholes[context + continuation][len(ids) :]))
+                continue
+            ids = self.tok_encode(continuation, add_special_tokens=False)
+            prefix = self.prefix_token_id
+            encoded.append(([prefix], ids) if prefix != ids[0] else (ids[:1], ids[1:]))
+        return encoded
+
+    def _encode_texts(self, texts: Iterable[str]) -> dict[str, list[int]]:
+        unique = [text for text in dict.fromkeys(texts) if text]
+        return {"": [], **dict(zip(unique, self.tok_encode(unique), strict=True))}
+
+    def _score(self, items: Iterator[_Item], total: int, quiet: bool, read_greedy: bool = True) -> list[Result]:
+        """Results of all items, by position."""
+        if self._block_size:
+            # What earlier calls left in the prefix cache could hide rows that are wanted now.
+            self.model.reset_prefix_cache()
+        progress = _Progress(total, self.on_progress, quiet or self.rank != 0, "Running loglikelihood requests")
+        results: dict[int, Result] = {}
+        answered: dict[bytes, Result] = {}
+
+        def give(item: _Item, result: Result) -> None:
+            results[item.position] = result
+            if item.name is not None:
+                self.cache_hook.add_partial("loglikelihood", item.name, result)
+            progress.add(item.counted)
+
+        def done(wanted: _Wanted) -> None:
+            result = wanted.pending.result()
+            answered[wanted.key] = result
+            if self._cache is not None:
+                self._cache.put(wanted.digest, list(result))
+            for item in wanted.items:
+                give(item, result)
+
+        def jobs() -> Iterator[_Job]:
+            waiting: dict[bytes, _Wanted] = {}
+            for window in windows(items, self.submit_batch):
+                spans: dict[bool, dict[bytes, Span]] = {True: {}, False: {}}
+                waiting = {key: wanted for key, wanted in waiting.items() if wanted.pending.missing}
+                for item in window:
+                    greedy = read_greedy and item.task not in self.greedy_unread
+                    tokens, first, cut = cut_left(item.context, item.continuation, self.max_length - 1)
+                    counts = self._counts[item.task]
+                    counts.update(requests=item.counted, cut=cut and item.counted)
+                    if first >= len(tokens):
+                        give(item, (0, True))
+                        continue
+                    if first < 1:
+                        raise ValueError(
+                            f"task {item.task}: a continuation of {len(item.continuation)} tokens fills max_model_len="
+                            f"{self.max_length} and leaves no token to condition on; raise max_model_len"
+                        )
+                    span = Span(np.array(tokens, dtype=np.int32), first)
+                    digest = self._digest("loglikelihood", first.to_bytes(4, "little"), span.tokens.tobytes())
+                    key = digest + bytes([greedy])
+                    if key in answered:
+                        counts["duplicates"] += item.counted
+                        give(item, answered[key])
+                    elif key in waiting:
+                        counts["duplicates"] += item.counted
+                        waiting[key].items.append(item)
+                    elif (kept := self._kept(digest)) is not None and not (greedy and kept[1] is None):
+                        counts["cached"] += item.counted
+                        answered[key] = (kept[0], kept[1])
+                        give(item, answered[key])
+                    else:
+                        waiting[key] = _Wanted(Pending.of(span), digest, key, [item])
+                        spans[greedy][key] = span
+                for greedy, some in spans.items():
+                    yield from self._jobs(some, waiting, greedy, done)
+
+        try:
+            self._run(jobs())
+        finally:
+            progress.close()
+        return [results[position] for position in range(len(results))]
+
+    def _digest(self, kind: str, *parts: bytes) -> bytes:
+        return request_digest(kind, *parts) if self._cache is None else self._cache.digest(kind, *parts)
+
+    def _kept(self, digest: bytes) -> Any:
+        return None if self._cache is None else self._cache.get(digest)
+
+    def _jobs(
+        self,
+        spans: dict[bytes, Span],
+        waiting: dict[bytes, _Wanted],
+        greedy: bool,
+        done: Callable[[_Wanted], None],
+    ) -> Iterator[_Job]:
+        """Engine requests for the spans of one window."""
+        read = self._read(greedy)
+        if read is None:
+            requests = [whole_request(key, span) for key, span in spans.items()]
+            suffix = set(spans)
+        else:
+            requests = plan(spans, read, self._block_size, self._engine_config.model_config.max_logprobs)
+            suffix = {part.span for request in requests for part in request.slices if part.row != FINAL}
+        for key in spans:
+            path = "one_token" if key not in suffix else "suffix" if read else "stock"
+            item = waiting[key].items[0]
+            self._counts[item.task][path] += item.counted
+
+        def job(request: PlannedRequest, attempt: int) -> _Job:
+            def finish(output: RequestOutput) -> _Job | None:
+                answer = self._answer(request, output, read, greedy)
+                if answer is None:
+                    if attempt == ATTEMPTS:
+                        raise RuntimeError(f"vLLM gave no log-probabilities for a request in {ATTEMPTS} attempts")
+                    for part in request.slices:
+                        wanted = waiting[part.span]
+                        self._counts[wanted.items[0].task]["second_pass"] += not wanted.again
+                        wanted.again = True
+                    return job(request, attempt + 1)
+                for part in request.slices:
+                    wanted = waiting[part.span]
+                    wanted.pending.fill(request, part, answer)
+                    if not wanted.pending.missing:
+                        done(wanted)
+                return None
+
+            params = self._params(request, read, greedy, fresh=read is None or attempt > 1)
+            blocks = 0 if read is None or self._v2 else len(request.prompt) // max(self._block_size, 1) + 1
+            return _Job(request.prompt.tolist(), params, finish, blocks)
+
+        for request in requests:
+            yield job(request, 1)
+
+    @staticmethod
+    def _params(request: PlannedRequest, read: Read | None, greedy: bool, fresh: bool) -> SamplingParams:
+        """`fresh`: leave the prefix cache unread, so that every prompt row is computed."""
+        rows: dict[str, Any] = {}
+        if request.rows and read == "token_ids":
+            rows = {"prompt_logprob_token_ids": request.row_ids(), "prompt_logprob_start": request.start}
+        elif request.rows:
+            rows = {"prompt_logprobs": int(greedy)}
+        return SamplingParams(
+            temperature=0,
+            max_tokens=1,
+            detokenize=False,
+            flat_logprobs=True,
+            logprob_token_ids=request.final or None,
+            skip_reading_prefix_cache=fresh,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,
+            **rows,
+        )
+
+    @staticmethod
+    def _answer(request: PlannedRequest, output: RequestOutput, read: Read | None, greedy: bool) -> Answer | None:
+        """The values of an output; None if prompt rows that were asked for were not computed."""
+        values: NDArray[np.float64] = np.empty((0, 1))
+        tops = None
+        if request.rows and read == "token_ids":
+            if output.prompt_token_id_logprobs is None:
+                return None
+            values = output.prompt_token_id_logprobs.astype(np.float64)
+        elif request.rows:
+            width = 1 + int(greedy)
+            flat = cast("FlatLogprobs", output.prompt_logprobs)
+            begin = len(flat.logprobs) - request.rows * width
+            # V1 gives all rows, those before the hit unwritten; V2 gives only those that it computed.
+            if begin < 0 or (output.num_cached_tokens or 0) > request.start:
+                return None
+            if flat.token_ids[begin::width] != request.prompt[request.start + 1 :].tolist():
+                return None
+            table = np.array(flat.logprobs[begin:]).reshape(request.rows, width)
+            values, tops = table[:, :1], table[:, -1] if greedy else None
+        final = cast("FlatLogprobs", output.outputs[0].logprobs).logprobs if request.final else [0.0]
+        return Answer(values, tops, final[1:], final[0])
+
+    # --- rolling loglikelihood ---------------------------------------------------------------------------------------
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Sum of log-probabilities of each whole text, in lm-eval's disjoint windows."""
+        if self.scoring == "stock":
+            for request in requests:
+                self._counts[request.task_name or ""].update(requests=1, stock=1)
+            return cast("list[float]", super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm))
+        owners: list[int] = []
+
+        def items() -> Iterator[_Item]:
+            for index, request in enumerate(requests):
+                rolling = get_rolling_token_windows(
+                    token_list=self.tok_encode(request.args[0]),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=self.max_length - 2,  # One token of context, one for generation.
+                    context_len=1,
+                )
+                pairs = [make_disjoint_window(pair) for pair in rolling]
+                for number, (context, continuation) in enumerate(pairs, 1):
+                    owners.append(index)
+                    last = number == len(pairs)
+                    yield _Item(len(owners) - 1, request.task_name or "", None, context, continuation, last)
+
+        results = self._score(items(), len(requests), disable_tqdm, read_greedy=False)
+        sums: list[float] = [0] * len(requests)
+        for index, (value, _) in zip(owners, results, strict=True):
+            sums[index] += value
+        for request, value in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", (request.args[0],), value)
+        return sums
+
+    # --- generation --------------------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Generated text of each request. Equal requests are generated once where sampling is greedy."""
+        if self.scoring == "stock":
+            for request in requests:
+                self._counts[request.task_name or ""].update(requests=1, stock=1)
+            return cast("list[str]", super().generate_until(requests, disable_tqdm=disable_tqdm))
+        progress = _Progress(
+            len(requests), self.on_progress, disable_tqdm or self.rank != 0, "Running generate_until requests"
+        )
+        eos = self.tokenizer.decode(self.eot_token_id) or getattr(self.tokenizer, "eos_token", None) or ""
+        texts: dict[int, str] = {}
+        answered: dict[bytes, str] = {}
+        seen: Counter[bytes] = Counter()
+        waiting: dict[bytes, list[tuple[int, Instance, dict[str, Any]]]] = {}
+
+        def give(position: int, request: Instance, shown: dict[str, Any], raw: str) -> None:
+            text = postprocess_generated_text(raw, shown["until"], self.think_end_token)
+            texts[position] = text
+            self.cache_hook.add_partial("generate_until", (request.args[0], shown), text)
+            progress.add()
+
+        def job(digest: bytes, prompt: list[int], params: SamplingParams) -> _Job:
+            def finish(output: RequestOutput) -> None:
+                raw = answered[digest] = output.outputs[0].text
+                if self._cache is not None:
+                    self._cache.put(digest, raw)
+                for position, request, shown in waiting.pop(digest):
+                    give(position, request, shown, raw)
+
+            return _Job(prompt, params, finish)
+
+        def jobs() -> Iterator[_Job]:
+            for window in windows(enumerate(requests), self.submit_batch):
+                new: list[tuple[Tokens, _Job]] = []
+                contexts = self.tok_encode([request.args[0] for _, request in window])
+                for (position, request), context in zip(window, contexts, strict=True):
+                    counts = self._counts[request.task_name or ""]
+                    kwargs, until, max_gen_toks = self.modify_gen_kwargs(
+                        request.args[1], eos=eos, default_max_gen_toks=self.max_gen_toks
+                    )
+                    prompt, max_gen_toks = maybe_truncate(
+                        context,
+                        max_gen_toks=max_gen_toks,
+                        max_model_len=self.max_length,
+                        side=self.truncation_side,
+                        verbose=False,
+                    )
+                    counts.update(requests=1, cut=int(len(prompt) < len(context)))
+                    shown = kwargs | {"until": until, "max_gen_toks": max_gen_toks}
+                    # With a thinking model, only EOS stops the engine: the task's own stops may occur in the thoughts.
+                    stop = [text for text in until if text == eos] if self.think_end_token else until
+                    params = SamplingParams(
+                        max_tokens=max_gen_toks, stop=stop, output_kind=RequestOutputKind.FINAL_ONLY, **kwargs
+                    )
+                    tokens = np.array(prompt, dtype=np.int32)
+                    told = json.dumps(shown | {"stop": stop}, sort_keys=True, default=repr).encode()
+                    digest = self._digest("generate_until", tokens.tobytes(), told)
+                    if params.temperature >= GREEDY_TEMPERATURE:
+                        # Every draw is a request of its own; a kept one stands for the draw of the same number.
+                        seen[digest] += 1
+                        digest = self._digest("draw", digest, seen[digest].to_bytes(8, "little"))
+                    if digest in answered:
+                        counts["duplicates"] += 1
+                        give(position, request, shown, answered[digest])
+                    elif digest in waiting:
+                        counts["duplicates"] += 1
+                        waiting[digest].append((position, request, shown))
+                    elif (kept := self._kept(digest)) is not None:
+                        counts["cached"] += 1
+                        answered[digest] = kept
+                        give(position, request, shown, kept)
+                    else:
+                        counts["stock"] += 1
+                        waiting[digest] = [(position, request, shown)]
+                        new.append((tokens, job(digest, prompt, params)))
+                # Prompts that begin alike meet in the prefix cache.
+                yield from (one for _, one in sorted(new, key=lambda pair: sort_key(pair[0])))
+
+        try:
+            self._run(jobs())
+        finally:
+            progress.close()
+        return [texts[position] for position in range(len(requests))]
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
