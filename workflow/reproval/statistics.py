@@ -105,7 +105,7 @@ def effective_wilson(value: float, stderr: float | None, n: int, level: float = 
 
 
 def ratio_stderr(numerators: Floats, weights: Floats) -> float:
-    """Standard error of sum(numerators)/sum(weights), linearized (Cochran 1977, eq. 6.12, without finite correction)."""
+    """Standard error of sum(numerators)/sum(weights), linearized (Cochran 1977, eq. 6.12)."""
     ratio = numerators.sum() / weights.sum()
     residuals = numerators - ratio * weights
     n = numerators.size

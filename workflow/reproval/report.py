@@ -1,0 +1,120 @@
+"""One report of all models, as HTML, Markdown and JSON: `python -m reproval.report`.
+
+The content is built once, as a `Report`; the three renderings only print it, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from reproval import collect, report_facts, words
+from reproval.collect import ModelData
+from reproval.compare import comparisons, headlines
+from reproval.files import RecordError, atomic, read_record
+from reproval.records import ModelManifest
+from reproval.report_content import AttemptRow, Report, ScoreTable
+from reproval.scrub import leaks, scrub
+
+TEMPLATES = Path(__file__).parent.parent / "report"
+
+SCORE_COLUMNS = [
+    "model", "suite", "task", "metric", "filter", "value", "stderr", "n", "interval_low", "interval_high",
+    "interval_method", "higher_is_better", "group", "top", "n_shot", "score_levers", "prompts_cut", "task_version",
+    "task_hash", "key",
+]  # fmt: skip
+
+
+def methods_file() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((TEMPLATES / "methods.yaml").read_text(encoding="utf-8"))
+    return loaded
+
+
+def build(models: Sequence[ModelData], manifests: Sequence[ModelManifest] = (), project: Path | None = None) -> Report:
+    """The whole content. Paths outside `project` (default: the working directory) and secrets are taken out."""
+    known = methods_file()
+    table = collect.rows(models)
+    labels = [m.label for m in models]
+    lines = headlines(table, labels, known["headline"])
+    pairs, untested = comparisons(models, lines)
+    used = dict.fromkeys(row["interval_method"] for row in table if row["interval_method"])
+    tests = dict.fromkeys(p.method for p in pairs)
+    methods = {name: known["intervals"][name] for name in used} | {name: known["comparisons"][name] for name in tests}
+    if pairs:
+        methods |= {"Holm's correction": known["correction"], "detectable difference": known["detectable"]}
+    rows = [[row[c] for c in SCORE_COLUMNS] for row in table]
+    content: dict[str, Any] = {
+        "title": "Evaluation of " + (labels[0] if len(labels) == 1 else words.count(len(labels), "model")),
+        "answer": words.answer(lines, labels, pairs),
+        "findings": [words.finding(p) for p in pairs if p.significant],
+        "models": labels,
+        "headlines": lines,
+        "comparisons": pairs,
+        "untested": untested,
+        "fits": [report_facts.fit(m) for m in models],
+        "memory": [report_facts.memory(m) for m in models],
+        "timing": [report_facts.timing(m) for m in models],
+        "attempts": [
+            AttemptRow(model=m.label, number=i, attempt=a)
+            for m in models
+            for i, a in enumerate(m.evaluation.attempts, start=1)
+        ],
+        "cuts": [cut for m in models for cut in report_facts.cuts(m)],
+        "provenance": report_facts.provenance(models, manifests),
+        "commands": report_facts.commands(models),
+        "methods": methods,
+        "scores": ScoreTable(columns=SCORE_COLUMNS, rows=rows),
+        "removed": 0,
+    }
+    clean, removed = scrub(Report(**content).model_dump(mode="json"), project or Path.cwd())
+    return Report.model_validate({**clean, "removed": removed})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    # Drawing is slow to import, and a test of the content needs none of it.
+    from reproval import report_html
+    from reproval.report_markdown import render as markdown
+
+    parser = argparse.ArgumentParser(prog="python -m reproval.report", description=__doc__)
+    parser.add_argument(
+        "--results", type=Path, required=True, help="folder that the evaluations' units are relative to"
+    )
+    parser.add_argument("--evaluations", type=Path, nargs="+", required=True, help="evaluation.json of every model")
+    parser.add_argument("--facts", type=Path, nargs="*", default=[], help="facts of the runs, for tokens per second")
+    parser.add_argument("--manifests", type=Path, nargs="*", default=[], help="model manifests, for file hashes")
+    parser.add_argument("--html", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    try:
+        models = collect.load(options.results, options.evaluations, options.facts)
+        manifests = [read_record(path, ModelManifest) for path in options.manifests]
+        report = build(models, manifests)
+    except RecordError as error:
+        print(f"reproval.report: {error}", file=sys.stderr)
+        return 1
+    renderings: list[tuple[Path | None, Callable[[Report], str]]] = [
+        (options.json, lambda r: r.model_dump_json() + "\n"),
+        (options.markdown, markdown),
+        (options.html, report_html.render),
+    ]
+    for path, render in renderings:
+        if path is None:
+            continue
+        text = render(report)
+        if found := leaks(text):
+            print(f"reproval.report: {path}: not written, it would show {found}", file=sys.stderr)
+            return 1
+        with atomic(path) as stream:
+            stream.write(text)
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

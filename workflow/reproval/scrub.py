@@ -1,0 +1,85 @@
+"""What goes into no report: secrets, and paths outside the project with the names in them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SECRET = "[secret removed]"
+OUTSIDE = "[path outside the project]"
+
+# Tokens by the shapes that their issuers document, and passwords inside URLs.
+_TOKENS = re.compile(
+    r"\bhf_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}"
+    r"|\bAKIA[0-9A-Z]{16}\b|\bBearer\s+[\w.~+/=-]{16,}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{5,}|(?<=://)[^\s/:@]+:[^\s/@]+(?=@)"
+)
+_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL", re.IGNORECASE)
+# Two components at least: "/s" is a unit. After a letter or a dot it is part of a relative path, an image or a URL.
+_PATH = re.compile(r"file://[^\s\"'<>]+|(?<![\w./-])(?:~[\w.-]*)?/[\w.+@~-]+(?:/[\w.+@~-]+)+/?")
+
+
+def secret_values(env: Mapping[str, str] = os.environ) -> list[str]:
+    """Values of variables that are named like secrets, long enough not to be found by chance."""
+    return [value for name, value in env.items() if _SECRET_NAME.search(name) and len(value) >= 8]
+
+
+def scrub(value: Any, project: Path, env: Mapping[str, str] = os.environ) -> tuple[Any, int]:
+    """The same JSON value with secrets and foreign paths replaced, and how many were.
+
+    A path inside `project` becomes relative to it.
+    """
+    secrets, root = secret_values(env), str(project.resolve()).rstrip("/")
+    seen: dict[str, str] = {}
+    removed = 0
+
+    def path(match: re.Match[str]) -> str:
+        nonlocal removed
+        found = match.group().removeprefix("file://")
+        if found.rstrip("/") == root:
+            return "."
+        if found.startswith(root + "/"):
+            return found[len(root) + 1 :]
+        removed += 1
+        return OUTSIDE
+
+    def token(match: re.Match[str]) -> str:
+        nonlocal removed
+        removed += 1
+        return SECRET
+
+    def text(given: str) -> str:
+        nonlocal removed
+        for secret in secrets:
+            if secret in given:
+                removed += given.count(secret)
+                given = given.replace(secret, SECRET)
+        return _PATH.sub(path, _TOKENS.sub(token, given))
+
+    def walk(item: Any) -> Any:
+        if isinstance(item, str):
+            if item not in seen:
+                seen[item] = text(item)
+            return seen[item]
+        if isinstance(item, list):
+            return [walk(x) for x in item]
+        if isinstance(item, dict):
+            return {walk(k): walk(v) for k, v in item.items()}
+        return item
+
+    return walk(value), removed
+
+
+def leaks(text: str, env: Mapping[str, str] = os.environ) -> str | None:
+    """What kind of thing a finished report would give away, without showing it; None if nothing."""
+    if _TOKENS.search(text):
+        return "something shaped like a token"
+    for name, value in env.items():
+        if _SECRET_NAME.search(name) and len(value) >= 8 and value in text:
+            return f"the value of the environment variable {name}"
+    home = str(Path.home())
+    if len(home) > len("/root") and home + "/" in text:
+        return "the home folder"
+    return None
