@@ -51,7 +51,12 @@ class Tensor(NamedTuple):
 
 def read_model(folder: Path) -> ModelFacts:
     """Facts of a local checkpoint. Raises ModelError."""
-    return facts_of(_read_json(folder / "config.json"), read_tensors(folder))
+    config = _read_json(folder / "config.json")
+    modelopt = folder / "hf_quant_config.json"
+    if modelopt.exists() and "quantization_config" not in config:
+        # NVIDIA's quantizer writes a file of its own beside config.json.
+        config = {**config, "quantization_config": _read_json(modelopt).get("quantization")}
+    return facts_of(config, read_tensors(folder))
 
 
 def read_hub(model_id: str, revision: str, token: str | None = None) -> ModelFacts:
@@ -147,7 +152,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def facts_of(config: Config, tensors: Iterable[Tensor]) -> ModelFacts:
     """Facts from a configuration and the tensors of a checkpoint. Pure. Raises ModelError."""
-    text = text_config(config)
+    tensors = list(tensors)
+    text = _completed(text_config(config), tensors)
     quantization = config.get("quantization_config") or text.get("quantization_config") or {}
     kept = _loaded(text, tensors)
     tied = is_tied(config, text, kept)
@@ -159,8 +165,8 @@ def facts_of(config: Config, tensors: Iterable[Tensor]) -> ModelFacts:
     by_dtype: Counter[str] = Counter()
     for tensor in kept:
         by_dtype[tensor.dtype] += logical[tensor.name]
-    heads = int(_first(text, "num_attention_heads", "n_head", "n_heads", "attention_heads", default=0))
-    hidden = int(_first(text, "hidden_size", "n_embd", "d_model", "model_dim", default=0))
+    heads = int(_first(text, *_HEADS, default=0))
+    hidden = int(_first(text, *_HIDDEN, default=0))
     experts = _first(
         text, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts", default=0
     )
@@ -202,6 +208,7 @@ def facts_of(config: Config, tensors: Iterable[Tensor]) -> ModelFacts:
             if experts
             else 0
         ),
+        expert_parameters=sum(n for name, n in logical.items() if experts and _EXPERT.search(name)),
         soft_caps_logits=bool(text.get("final_logit_softcapping")),
         cache=cache_groups(text),
     )
@@ -215,6 +222,27 @@ def text_config(config: Config) -> Config:
             # vLLM reads what the inner part lacks from the outer one's defaults, never the other way round.
             return text_config({"model_type": config.get("model_type"), **inner})
     return config
+
+
+_HIDDEN = ("hidden_size", "n_embd", "n_embed", "d_model", "model_dim")
+_HEADS = ("num_attention_heads", "n_head", "n_heads")
+
+# What a nested configuration may leave out, because the class in transformers fills it in.
+_CLASS_DEFAULTS: dict[str, dict[str, int]] = {
+    "gemma3_text": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
+    "llama": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "mistral": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+
+
+def _completed(text: Config, tensors: Iterable[Tensor]) -> Config:
+    """A text configuration with its class's defaults, and the vocabulary of the embedding if it names none."""
+    complete = {**_CLASS_DEFAULTS.get(str(text.get("model_type")), {}), **text}
+    if _first(text, "vocab_size", "n_vocab", default=None) is None:
+        embedding = next((each for each in tensors if each.name.endswith("embed_tokens.weight")), None)
+        if embedding is not None:
+            complete["vocab_size"], complete["hidden_size"] = embedding.shape
+    return complete
 
 
 def layer_count(text: Config) -> int:
@@ -271,13 +299,18 @@ def cache_groups(text: Config) -> list[CacheGroup]:
     vllm/model_executor/layers/mamba/mamba_utils.py.
     """
     kinds = Counter(layer_kinds(text))
-    heads = int(_first(text, "num_attention_heads", "n_head", "n_heads", default=0))
-    hidden = int(_first(text, "hidden_size", "n_embd", "d_model", default=0))
+    heads = int(_first(text, *_HEADS, default=0))
+    hidden = int(_first(text, *_HIDDEN, default=0))
     per_layer = 2 * kv_heads(text, heads) * head_dim(text, heads, hidden)
     groups = []
     if kinds["mla"]:
         latent = int(text["kv_lora_rank"]) + int(text.get("qk_rope_head_dim") or 0)
         groups.append(CacheGroup(kind="mla", layers=kinds["mla"], elements_per_token=kinds["mla"] * latent))
+    if blocks := text.get("block_configs"):
+        # DeciLM (Llama-Nemotron): every layer has its own number of heads to a KV head, or no attention at all.
+        sharing = [int(block["attention"]["n_heads_in_group"] or 0) for block in blocks]
+        elements = sum(2 * (heads // n) * head_dim(text, heads, hidden) for n in sharing if n)
+        return [CacheGroup(kind="full", layers=sum(map(bool, sharing)), elements_per_token=elements)]
     if kinds["full"]:
         wide = per_layer
         if text.get("global_head_dim"):
@@ -286,6 +319,8 @@ def cache_groups(text: Config) -> list[CacheGroup]:
             )
         groups.append(CacheGroup(kind="full", layers=kinds["full"], elements_per_token=kinds["full"] * wide))
     if kinds["sliding"]:
+        if text.get("swa_num_key_value_heads"):
+            per_layer = 2 * int(text["swa_num_key_value_heads"]) * int(text["swa_head_dim"])
         groups.append(
             CacheGroup(
                 kind="sliding",
@@ -306,15 +341,22 @@ def layer_kinds(text: Config) -> list[str]:
     layers = layer_count(text)
     model_type = text.get("model_type")
     attention = "mla" if text.get("kv_lora_rank") else "full"
-    names = text.get("layer_types") or text.get("layers_block_type") or text.get("attn_type_list")
+    names = text.get("layer_types") or text.get("layers_block_type")
     if model_type in ("mamba", "mamba2", "falcon_mamba"):
         return ["state"] * layers
     if model_type == "falcon_h1":
         return ["full", "state"] * layers
     if pattern := text.get("hybrid_override_pattern"):
         return [{"*": attention, "M": "state"}.get(letter, "none") for letter in pattern]
-    if isinstance(names, list) and names and isinstance(names[0], str):
-        return [_NAMED_KINDS.get(name, attention) if name != "hybrid" else "full" for name in names]
+    if isinstance(names, list) and names:
+        # Gemma 3n's last layers read the cache of earlier ones.
+        own = names[: len(names) - int(text.get("num_kv_shared_layers") or 0)]
+        kinds = [_NAMED_KINDS.get(name, attention) for name in own]
+        return kinds + ["state" for name in own if name == "hybrid"]
+    if sliding := text.get("hybrid_layer_pattern"):
+        return ["sliding" if slides else attention for slides in sliding]
+    if linear := text.get("linear_attn_config"):
+        return ["state" if index + 1 in linear["kda_layers"] else attention for index in range(layers)]
     if text.get("attn_layer_period"):
         period, offset = int(text["attn_layer_period"]), int(text.get("attn_layer_offset") or 0)
         return [attention if index % period == offset else "state" for index in range(layers)]
@@ -324,20 +366,23 @@ def layer_kinds(text: Config) -> list[str]:
         interval = int(text["full_attention_interval"])
         return [attention if (index + 1) % interval == 0 else "state" for index in range(layers)]
     if text.get("sliding_window") and text.get("use_sliding_window", True):
+        if text.get("use_sliding_window"):
+            first = int(text.get("max_window_layers") or 0)
+            return ["full" if index < first else "sliding" for index in range(layers)]
         # Every n-th layer is full; configurations older than layer_types leave n to the model's code.
-        interval = int(
-            text.get("sliding_window_pattern") or {"gemma2": 2, "gemma3_text": 6, "gemma3": 6}.get(str(model_type), 0)
-        )
+        interval = int(text.get("sliding_window_pattern") or _FULL_EVERY.get(str(model_type), 0))
         return ["full" if interval and (index + 1) % interval == 0 else "sliding" for index in range(layers)]
     return [attention] * layers
 
 
+_FULL_EVERY = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4}
 _NAMED_KINDS = {
     "sliding_attention": "sliding",
     "chunked_attention": "sliding",
     "linear_attention": "state",
     "mamba": "state",
     "mamba2": "state",
+    "conv": "state",
     "moe": "none",
     "mlp": "none",
 }
@@ -348,7 +393,7 @@ def _layer_state_bytes(text: Config) -> int:
     convolution_item = 4 if _config_dtype(text) == "float32" else 2
     recurrent = text.get("mamba_ssm_cache_dtype") or text.get("mamba_ssm_dtype")
     recurrent_item = 4 if recurrent == "float32" else convolution_item
-    hidden = int(_first(text, "hidden_size", "d_model", default=0))
+    hidden = int(_first(text, *_HIDDEN, default=0))
     if text.get("linear_num_value_heads"):
         keys = int(text["linear_num_key_heads"]) * int(text["linear_key_head_dim"])
         values = int(text["linear_num_value_heads"]) * int(text["linear_value_head_dim"])
@@ -356,6 +401,12 @@ def _layer_state_bytes(text: Config) -> int:
         return (2 * keys + values) * kept * convolution_item + values * int(
             text["linear_key_head_dim"]
         ) * recurrent_item
+    if text.get("conv_L_cache"):
+        return hidden * (int(text["conv_L_cache"]) - 1) * convolution_item
+    if linear := text.get("linear_attn_config"):
+        inner = int(linear["num_heads"]) * int(linear["head_dim"])
+        kept = int(linear["short_conv_kernel_size"]) - 1
+        return 3 * inner * kept * convolution_item + inner * int(linear["head_dim"]) * 4
     state = int(_first(text, "mamba_d_state", "ssm_state_size", "state_size", default=16))
     kept = int(_first(text, "mamba_d_conv", "conv_kernel", "d_conv", default=4)) - 1
     heads = _first(text, "mamba_n_heads", "mamba_num_heads", "num_heads", default=None)
@@ -367,7 +418,11 @@ def _layer_state_bytes(text: Config) -> int:
     width = _first(text, "mamba_d_head", "mamba_head_dim", default=None)
     if width in (None, "auto"):
         width = text.get("head_dim") if text.get("model_type") == "mamba2" else None
-    inner = int(heads) * int(width) if width else int(_first(text, "mamba_expand", "expand", default=2)) * hidden
+    inner = int(_first(text, "mamba_expand", "expand", default=2)) * hidden
+    if width:
+        inner = int(heads) * int(width)
+    if text.get("mamba_d_ssm"):
+        inner = int(text["mamba_d_ssm"])
     groups = int(_first(text, "mamba_n_groups", "n_groups", default=1))
     return (inner + 2 * groups * state) * kept * convolution_item + inner * state * recurrent_item
 
@@ -386,7 +441,11 @@ _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|wte|wpe|word_embeddings\w*|embed_in|embed_out|embed_positions|position_embeddings|embeddings"
     r"|embedding|tok_embeddings|lm_head|output_layer)(\.|$)"
 )
-_NOT_LINEAR = re.compile(r"(norm|layernorm|ln_\w+|conv1d|A_log|\.D$|dt_bias|\.bias|_bias|rotary|sinks|router)")
+_NOT_LINEAR = re.compile(
+    r"(norm|mlp\.gate\.|moe\.gate\.|patch_embed|layernorm|ln_\w+|conv1d|A_log|\.D$|dt_bias|\.bias|_bias|rotary|sinks|router)"
+)
+
+_EXPERT = re.compile(r"\.experts\.|block_sparse_moe\.(input|output)_linear")
 
 
 def _loaded(text: Config, tensors: Iterable[Tensor]) -> list[Tensor]:

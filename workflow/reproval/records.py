@@ -129,6 +129,7 @@ class ModelFacts(Part):
     tied_embeddings: bool
     experts: int = 0
     experts_per_token: int = 0
+    expert_parameters: int = Field(default=0, description="Those of routed experts, all of them; in memory at once.")
     soft_caps_logits: bool = False
     cache: list[CacheGroup]
 

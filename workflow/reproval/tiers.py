@@ -29,8 +29,8 @@ class Tier(Section):
     below_billions: float | None = Field(
         default=None,
         gt=0,
-        description="Models with fewer than this many billion (1e9) parameters; a model with exactly so many belongs to "
-        "the next tier. The last tier has none.",
+        description="Models with fewer than this many billion (1e9) parameters; a model with exactly so many belongs "
+        "to the next tier. The last tier has none.",
     )
 
 
@@ -40,8 +40,8 @@ class Start(Section):
     enforce_eager: bool | None = Field(default=None, description="Run without CUDA graphs.")
     gpu_memory_utilization: float | list[float] | None = Field(
         default=None,
-        description="vLLM's share of GPU memory; of a list, the first that is predicted to fit. Left out, the plan gives "
-        "the KV cache in bytes.",
+        description="vLLM's share of GPU memory; of a list, the first that is predicted to fit. Left out, the plan "
+        "gives the KV cache in bytes.",
     )
     max_num_batched_tokens: int | None = Field(default=None, gt=0, description="Tokens of one engine step.")
     max_num_seqs: int | None = Field(default=None, gt=0, description="Requests that run at once.")

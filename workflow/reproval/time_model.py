@@ -77,10 +77,8 @@ def active_parameters(facts: ModelFacts) -> int:
     """Parameters that one token meets: all but the experts that it is not sent to."""
     if not facts.experts:
         return facts.parameters
-    mixture_layers = facts.layers
-    expert = 3 * facts.hidden_size * facts.intermediate_size
-    idle = mixture_layers * (facts.experts - facts.experts_per_token) * expert
-    return max(facts.parameters - idle, facts.parameters // 50)
+    idle = facts.expert_parameters * (facts.experts - facts.experts_per_token) // facts.experts
+    return facts.parameters - idle
 
 
 def _decode_s(facts: ModelFacts, work: Work, settings: EngineSettings, weights: int, bytes_per_s: float) -> float:

@@ -1,0 +1,238 @@
+"""Facts of checkpoints: public ones by their configuration and tensors, and headers of real files on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from architecture_data import NAMES, facts, load, tensors
+
+from reproval.memory_model import GIB, cache_bytes_per_token, weights_bytes
+from reproval.model_facts import ModelError, Tensor, facts_of, layer_kinds, read_header, read_model, text_config
+from reproval.time_model import active_parameters
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_published_sizes(name: str) -> None:
+    """Parameters as published (the file says where), and cache bytes worked out by hand."""
+    expected, found = load(name), facts(name)
+    assert found.parameters == expected["parameters"], expected["parameters_source"]
+    assert cache_bytes_per_token(found, "bfloat16") == expected["cache_bytes_per_token"]
+    assert sum(group.state_bytes for group in found.cache) == expected.get("state_bytes", 0)
+    windows = [group.window_tokens for group in found.cache if group.kind == "sliding"]
+    assert windows == ([expected["window"]] if "window" in expected else [])
+
+
+def test_enough_architectures() -> None:
+    assert len({facts(name).architecture for name in NAMES}) >= 20
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("Qwen3-30B-A3B", 3.3),  # model card
+        ("Mixtral-8x7B-v0.1", 12.9),  # announcement, mistral.ai, 2023-12-11
+        ("DeepSeek-V3", 37),  # arXiv:2412.19437
+        ("OLMoE-1B-7B-0924", 1.3),  # arXiv:2409.02060
+        ("Jamba-v0.1", 12),  # arXiv:2403.19887
+        ("Qwen3-4B", 4.02),  # dense: all of them
+    ],
+)
+def test_active_parameters(name: str, billions: float) -> None:
+    assert active_parameters(facts(name)) / 1e9 == pytest.approx(billions, rel=0.03)
+
+
+def test_layers_of_hybrids() -> None:
+    assert [(g.kind, g.layers) for g in facts("gemma-3-4b-it").cache] == [("full", 5), ("sliding", 29)]
+    assert [(g.kind, g.layers) for g in facts("gpt-oss-20b").cache] == [("full", 12), ("sliding", 12)]
+    assert [(g.kind, g.layers) for g in facts("Jamba-v0.1").cache] == [("full", 4), ("state", 28)]
+    assert [(g.kind, g.layers) for g in facts("Nemotron-H-56B-Base-8K").cache] == [("full", 10), ("state", 54)]
+    assert [g.kind for g in facts("mamba-2.8b-hf").cache] == ["state"]
+
+
+@pytest.mark.parametrize(
+    ("config", "kinds"),
+    [
+        ({"num_hidden_layers": 2, "sliding_window": 64, "use_sliding_window": False}, ["full", "full"]),
+        (
+            {"num_hidden_layers": 3, "sliding_window": 64, "use_sliding_window": True, "max_window_layers": 2},
+            ["full", "full", "sliding"],
+        ),
+        (
+            {"num_hidden_layers": 4, "hybrid_layer_pattern": [0, 1, 1, 0], "sliding_window": 8},
+            "full sliding sliding full",
+        ),
+        ({"num_hidden_layers": 2, "linear_attn_config": {"kda_layers": [1]}, "kv_lora_rank": 8}, ["state", "mla"]),
+        ({"num_hidden_layers": 3, "attn_layer_indices": [1]}, ["state", "full", "state"]),
+        ({"num_hidden_layers": 2, "layers_block_type": ["mamba", "hybrid"]}, ["state", "full", "state"]),
+        ({"num_hidden_layers": 2, "model_type": "falcon_h1"}, ["full", "state"] * 2),
+        ({"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3, "num_kv_shared_layers": 1}, ["full", "full"]),
+        ({"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}, ["state", "full"]),
+    ],
+)
+def test_layer_kinds(config: dict[str, Any], kinds: list[str] | str) -> None:
+    assert layer_kinds(config) == (kinds.split() if isinstance(kinds, str) else kinds)
+
+
+def test_heads_that_differ_from_layer_to_layer() -> None:
+    config = {
+        "model_type": "nemotron-nas",
+        "num_hidden_layers": 3,
+        "hidden_size": 64,
+        "num_attention_heads": 8,
+        "vocab_size": 10,
+        "block_configs": [{"attention": {"n_heads_in_group": n}} for n in (8, None, 2)],
+    }
+    found = facts_of(config, [Tensor("model.embed_tokens.weight", "BF16", (10, 64))])
+    assert [(g.kind, g.layers, g.elements_per_token) for g in found.cache] == [("full", 2, 2 * 8 * (1 + 4))]
+
+
+def test_weights_in_memory() -> None:
+    # Measured on an H100: 7.56 GiB in bfloat16 and 4.19 GiB with fp8.
+    qwen = facts("Qwen3-4B")
+    assert weights_bytes(qwen, "bfloat16", None) / GIB == pytest.approx(7.56, rel=0.02)
+    assert weights_bytes(qwen, "bfloat16", "fp8") / GIB == pytest.approx(4.19, rel=0.03)
+    assert weights_bytes(qwen, "bfloat16", None, 2) == math.ceil(weights_bytes(qwen, "bfloat16", None) / 2)
+    # A float32 checkpoint takes half of its files when it is loaded in 16 bit.
+    olmo = facts("OLMo-2-1124-13B")
+    assert olmo.checkpoint_dtype == "float32"
+    assert weights_bytes(olmo, "bfloat16", None) * 2 == olmo.checkpoint_bytes == weights_bytes(olmo, "float32", None)
+    # What is quantized already takes what it stores, whatever is asked for.
+    for name, method, gigabytes in [
+        ("Qwen2-7B-Instruct-AWQ", "awq", 5.6),
+        ("Qwen2-7B-Instruct-GPTQ-Int4", "gptq", 5.6),
+        ("Meta-Llama-3.1-70B-Instruct-quantized.w4a16", "compressed-tensors", 39.5),
+        ("Meta-Llama-3.1-8B-bnb-4bit", "bitsandbytes", 5.7),
+        ("Qwen3-32B-FP8", "fp8", 34.3),
+        ("gpt-oss-20b", "mxfp4", 13.8),
+    ]:
+        assert facts(name).quantization == method
+        assert weights_bytes(facts(name), "bfloat16", None) / 1e9 == pytest.approx(gigabytes, rel=0.01)
+
+
+def test_tied_embeddings_count_once() -> None:
+    stored, counted = tensors("Qwen3-0.6B"), facts("Qwen3-0.6B")
+    assert sum(tensor.elements for tensor in stored) == 751_632_384
+    assert counted.tied_embeddings
+    assert counted.checkpoint_bytes == 2 * 596_049_920
+    untied = facts_of({**load("Qwen3-0.6B")["config"], "tie_word_embeddings": False}, stored)
+    assert untied.parameters == 751_632_384
+
+
+def test_embeddings_are_not_quantized() -> None:
+    llama = facts("Meta-Llama-3-8B")
+    assert llama.parameters - llama.linear_parameters == 2 * 128256 * 4096 + (2 * 32 + 1) * 4096
+
+
+def test_soft_capping_is_seen() -> None:
+    assert facts("gemma-2-9b").soft_caps_logits
+    assert not facts("gemma-3-1b-it").soft_caps_logits
+
+
+def test_nested_configuration_is_found() -> None:
+    assert text_config(load("gemma-3-4b-it")["config"])["hidden_size"] == 2560
+    assert facts("gemma-3-4b-it").vocab_size == 262208
+
+
+def test_unknown_architecture_is_refused() -> None:
+    with pytest.raises(ModelError, match="not known"):
+        facts_of({"model_type": "new"}, [Tensor("w", "BF16", (2, 2))])
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1, "hidden_size": 8,
+          "num_attention_heads": 2, "vocab_size": 16, "intermediate_size": 8, "tie_word_embeddings": False}  # fmt: skip
+
+
+def write_safetensors(path: Path, entries: dict[str, tuple[str, list[int], int]]) -> None:
+    """A safetensors file of zeros. `entries`: name -> dtype, shape, bytes."""
+    header, place = {}, 0
+    for name, (dtype, shape, size) in entries.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [place, place + size]}
+        place += size
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(place))
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    write_safetensors(tmp_path / "model-1.safetensors", {"model.embed_tokens.weight": ("BF16", [16, 8], 256)})
+    write_safetensors(tmp_path / "model-2.safetensors", {"lm_head.weight": ("BF16", [16, 8], 256)})
+    weight_map = {"model.embed_tokens.weight": "model-1.safetensors", "lm_head.weight": "model-2.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return tmp_path
+
+
+def test_shards_of_the_index_and_no_other_file(checkpoint: Path) -> None:
+    write_safetensors(checkpoint / "consolidated.safetensors", {"again": ("BF16", [16, 8], 256)})
+    found = read_model(checkpoint)
+    assert (found.parameters, found.checkpoint_bytes, found.checkpoint_dtype) == (256, 512, "bfloat16")
+
+
+def test_one_file_without_index(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors.index.json").unlink()
+    assert read_model(checkpoint).parameters == 256
+
+
+def test_quantization_in_a_file_beside_the_configuration(checkpoint: Path) -> None:
+    (checkpoint / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    write_safetensors(
+        checkpoint / "model-2.safetensors",
+        {"lm_head.weight": ("BF16", [16, 8], 256), "model.layers.0.mlp.up_proj.weight": ("U8", [8, 4], 32),
+         "model.layers.0.mlp.up_proj.weight_scale": ("F8_E4M3", [8, 1], 8)},
+    )  # fmt: skip
+    found = read_model(checkpoint)
+    assert found.quantization == "nvfp4"
+    assert found.parameters == 256 + 64
+
+
+def test_a_missing_shard_is_named(checkpoint: Path) -> None:
+    (checkpoint / "model-2.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"model-2\.safetensors: cannot be read"):
+        read_model(checkpoint)
+
+
+def test_no_weights_at_all(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(ModelError, match=r"has no \*\.safetensors file"):
+        read_model(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, "", "[1]", "{"])
+def test_damaged_configuration(checkpoint: Path, content: str | None) -> None:
+    path = checkpoint / "config.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(ModelError, match=r"config\.json"):
+        read_model(checkpoint)
+
+
+def _header(text: bytes, body: bytes = b"", length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(text) if length is None else length) + text + body
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "0 bytes, shorter"),
+        (b"1234567", "7 bytes, shorter"),
+        (_header(b"{}", length=2**60), "header of 1152921504606846976 bytes in a file of 10 bytes"),
+        (_header(b'{"a"'), "not JSON"),
+        (_header(b"\xff\xfe{}"), "not JSON"),
+        (_header(b"[]"), "not an object"),
+        (_header(b'{"a": {"dtype": "BF16"}}'), "tensor a lacks"),
+        (_header(b'{"a": {"dtype": "BF16", "shape": [4], "data_offsets": [0, 8]}}', b"1234"), "ends 4 bytes behind"),
+        (_header(b'{"a": {"dtype": "BF16", "shape": [4], "data_offsets": [0, 4]}}', b"1234"), "has 4 bytes for"),
+    ],
+)
+def test_damaged_headers_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=message) as caught:
+        read_header(path)
+    assert str(path) in str(caught.value)
