@@ -53,7 +53,7 @@ def write_record(path: Path, record: Record) -> None:
 
 
 def read_record(path: Path, kind: type[R]) -> R:
-    """Read a record of the given kind. Raises RecordError, which names the file, the first key that is wrong and the mend."""
+    """Read a record of the given kind. Raises RecordError with the file, the first key that is wrong and the mend."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -15,6 +15,7 @@ from reproval.records import Dtype
 # A name becomes a folder: no separators, no leading dot or dash, nothing a shell or a file system treats specially.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -29,13 +30,13 @@ class ModelConfig(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$|^[A-Za-z0-9][A-Za-z0-9._-]*$",
         description="Hugging Face Hub id, such as Qwen/Qwen3-4B. Needs `revision`.",
     )
-    path: str | None = Field(
+    path: Text | None = Field(
         default=None,
         description="Local folder with config.json, tokenizer and safetensors; relative to the working directory.",
     )
     revision: str | None = Field(
         default=None,
-        description="Commit of the Hub repository, 40 hexadecimal digits. A branch or tag needs `allow_floating: true`.",
+        description="Commit of the Hub repository, 40 hex digits. A branch or tag needs `allow_floating: true`.",
     )
     allow_floating: bool = Field(
         default=False, description="Accept a branch or tag as revision. What it pointed to is recorded, not promised."
@@ -45,12 +46,13 @@ class ModelConfig(Section):
     )
     quantization: Literal["fp8", "bitsandbytes"] | None = Field(
         default=None,
-        description="Quantize a 16-bit checkpoint while loading. Changes scores. Pre-quantized checkpoints need nothing.",
+        description="Quantize a 16-bit checkpoint while loading. Changes scores. "
+        "A checkpoint that is quantized already needs nothing.",
     )
     max_model_len: int | None = Field(
         default=None,
         ge=16,
-        description="Length cap in tokens asked for by the user; default: the plan decides. Changes scores if requests are cut.",
+        description="Length cap in tokens; default: the plan decides. Changes scores if it cuts requests.",
     )
     trust_remote_code: bool = Field(
         default=False, description="Run Python code that comes with the checkpoint. Off unless asked for each model."
@@ -61,42 +63,71 @@ class ModelConfig(Section):
     suites: list[Name] | None = Field(default=None, min_length=1, description="Suites this model runs; default: all.")
 
 
+class Generation(Section):
+    """lm-eval's gen_kwargs, as far as vLLM knows them. What is left out, or null, stays as the task has it.
+
+    Names and ranges are those of lm-eval's `normalize_gen_kwargs` and vLLM's `SamplingParams`.
+    """
+
+    until: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(
+        default=None, description="Text that ends an answer."
+    )
+    max_gen_toks: int | None = Field(default=None, ge=1, description="The most tokens of one answer.")
+    do_sample: bool | None = Field(default=None, description="Sample; without it the most likely token is taken.")
+    temperature: float | None = Field(default=None, ge=0, le=2, description="0 takes the most likely token.")
+    top_p: float | None = Field(default=None, gt=0, le=1, description="Share of probability to sample from.")
+    top_k: int | None = Field(default=None, ge=-1, description="Most likely tokens to sample from; 0: all of them.")
+    min_p: float | None = Field(default=None, ge=0, le=1, description="Least probability, relative to the likeliest.")
+    repetition_penalty: float | None = Field(default=None, gt=0, description="Above 1: against repetition.")
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2, description="Above 0: against tokens used.")
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2, description="The same, by how often used.")
+    seed: int | None = Field(default=None, ge=0, le=2**63 - 1, description="Seed of each request's own sampling.")
+    min_tokens: int | None = Field(default=None, ge=0, description="The least tokens of one answer.")
+    ignore_eos: bool | None = Field(default=None, description="Go on after the end-of-text token.")
+    bad_words: list[Text] | None = Field(default=None, description="Text that is never generated.")
+    thinking_token_budget: int | None = Field(default=None, ge=0, description="The most tokens of thinking.")
+    skip_special_tokens: bool | None = Field(default=None, description="Leave special tokens out of the answer.")
+    spaces_between_special_tokens: bool | None = Field(default=None, description="Put spaces between them.")
+    include_stop_str_in_output: bool | None = Field(default=None, description="Keep the text that ended the answer.")
+
+
 class TaskSettings(Section):
-    """Settings of lm-eval's that decide what the model is asked. None leaves the task's own."""
+    """Settings of lm-eval's that decide what the model is asked. What is left out stays as the task has it."""
 
     num_fewshot: int | None = Field(default=None, ge=0, le=1000, description="Few-shot examples.")
-    limit: int | float | None = Field(
+    limit: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0)] | None = Field(
         default=None,
-        gt=0,
         description="First N documents of each task (below 1: a fraction). For trying out, not for publishing.",
     )
-    apply_chat_template: bool | str | None = Field(
+    apply_chat_template: bool | Text | None = Field(
         default=None, description="Use the tokenizer's chat template, or the one with this name."
     )
     fewshot_as_multiturn: bool | None = Field(
         default=None, description="Few-shot examples as turns of a conversation; needs apply_chat_template."
     )
-    system_instruction: str | None = Field(default=None, description="System message put before every prompt.")
+    system_instruction: Text | None = Field(default=None, description="System message put before every prompt.")
     generation: dict[str, str | int | float | bool | list[str] | None] | None = Field(
         default=None,
-        description="lm-eval gen_kwargs for generate_until tasks: temperature, top_p, max_gen_toks, until, do_sample, ...",
+        description="lm-eval's gen_kwargs, for tasks that generate text.",
     )
 
 
 class TaskEntry(TaskSettings):
-    """One task of a suite with settings of its own, which win over the suite's."""
+    """One task of a suite with settings of its own, which win over the suite's; null gives the task's own back."""
 
-    task: str = Field(min_length=1, description="lm-eval task, group or tag name.")
+    task: Text = Field(description="lm-eval task, group or tag name.")
 
 
 class SuiteConfig(TaskSettings):
     """A list of lm-eval tasks and the settings that they share."""
 
-    tasks: list[str | TaskEntry] = Field(
+    tasks: list[Text | TaskEntry] = Field(
         min_length=1, description="lm-eval task or group names, or entries with settings of their own."
     )
-    include_path: str | None = Field(
-        default=None, description="Folder with task files of one's own, as lm-eval's --include_path."
+    include_path: Text | None = Field(
+        default=None,
+        description="Folder with task files of one's own, as lm-eval's --include_path; relative to the working "
+        "directory, else to the workflow's folder.",
     )
     unsafe_code: bool = Field(
         default=False, description="Allow tasks that run code written by the model (lm-eval's confirm_run_unsafe_code)."
@@ -113,7 +144,7 @@ class HardwareConfig(Section):
         le=1024,
         description="Memory of one GPU in GiB, as nvidia-smi gives it (an 80 GB H100: 79.6).",
     )
-    gpu_name: str | None = Field(default=None, description="Shown in the report; a Slurm profile may ask for it.")
+    gpu_name: Text | None = Field(default=None, description="Shown in the report; a Slurm profile may ask for it.")
     compute_capability: str | None = Field(
         default=None, pattern=r"^\d+\.\d+$", description="Such as 9.0 (Hopper); decides whether fp8 is possible."
     )
@@ -122,7 +153,9 @@ class HardwareConfig(Section):
 
 
 class ContainerConfig(Section):
-    image: str = Field(
+    """The image that the jobs run in with --use-singularity."""
+
+    image: Text = Field(
         description="docker://NAME@sha256:DIGEST, oras://NAME@sha256:DIGEST, or the path of a .sif file."
     )
     sif_sha256: str | None = Field(
@@ -138,15 +171,15 @@ class Config(Section):
     )
     suites: dict[Name, SuiteConfig] = Field(min_length=1, description="Suites of tasks by a name of your choice.")
     hardware: HardwareConfig = Field(default=HardwareConfig(), description=HardwareConfig.__doc__)
-    tiers: str = Field(
+    tiers: Text = Field(
         default="config/tiers.yaml",
-        description="File with size tiers and policies, relative to the workflow's folder, then to the working directory.",
+        description="File with size tiers and policies; relative to the working directory, else the workflow's folder.",
     )
-    policy: str = Field(default="auto", description="Policy of that file to plan by.")
+    policy: Text = Field(default="auto", description="Policy of that file to plan by.")
     container: ContainerConfig | None = Field(
-        default=None, description="Image for --use-singularity; None runs in the environment of envs/."
+        default=None, description="Image for --use-singularity; without it the jobs run in the environment of envs/."
     )
-    store: str = Field(
+    store: Text = Field(
         default="resources", description="Folder for models and data sets, relative to the working directory."
     )
     seed: int | None = Field(

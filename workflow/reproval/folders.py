@@ -1,0 +1,197 @@
+"""Local folders of models and tasks: what is wrong with them, and an identity that does not depend on where they lie.
+
+The identity of a model is read at every start of Snakemake, so it must not read hundreds of gigabytes. `stage` takes
+the SHA-256 of every byte later; results are kept under that one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from reproval.files import sha256_file, sha256_json
+
+SMALL_BYTES = 16 * 1024**2
+# Of a large file: this many samples, evenly spaced, so that new weights of the same shape are another model.
+SAMPLES, SAMPLE_BYTES = 32, 4096
+# safetensors refuses a longer header.
+LONGEST_HEADER_BYTES = 100_000_000
+
+TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+class FolderError(Exception):
+    """A local folder cannot be used. `found`, `expected` and `mend` are sentences for people."""
+
+    def __init__(self, found: str, expected: str, mend: str) -> None:
+        super().__init__(found)
+        self.found, self.expected, self.mend = found, expected, mend
+
+
+def resolve(path: str, workdir: Path, base: Path | None = None) -> Path:
+    """Where a path of the configuration leads: from `workdir`, or from `base` if it is only there.
+
+    Nothing is expanded (no ~, no $VARIABLE): in a container they would mean another place.
+    """
+    here = workdir / path
+    if base is not None and not here.exists() and (base / path).exists():
+        return base / path
+    return here
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Files below a folder by name, without hidden ones and compiled Python; links to files are followed."""
+    for root, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
+        yield from (Path(root, name) for name in sorted(files) if not name.startswith(".") and name[-4:] != ".pyc")
+
+
+def tree_digest(folder: Path) -> str:
+    """SHA-256 over the names and contents of all files of a folder of tasks. Raises OSError."""
+    return sha256_json(sorted([path.relative_to(folder).as_posix(), sha256_file(path)] for path in walk(folder)))
+
+
+def model_digest(folder: Path) -> str:
+    """SHA-256 over names, sizes and contents of a model's files; of files of 16 MiB and more the safetensors header
+    and evenly spaced samples stand for the content. Raises OSError.
+    """
+    return sha256_json(
+        sorted([path.relative_to(folder).as_posix(), path.stat().st_size, _content(path)] for path in walk(folder))
+    )
+
+
+def _content(path: Path) -> str:
+    size = path.stat().st_size
+    if size < SMALL_BYTES:
+        return sha256_file(path)
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        if path.suffix == ".safetensors":
+            length = int.from_bytes(stream.read(8), "little")
+            digest.update(stream.read(min(length, LONGEST_HEADER_BYTES)))
+        for sample in range(SAMPLES):
+            stream.seek((size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+            digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raise FolderError unless the folder holds config.json, a tokenizer, and whole safetensors files."""
+    if not folder.exists():
+        raise FolderError("nothing there", "an existing folder", "correct the path, or download the model to it")
+    if not folder.is_dir():
+        raise FolderError("a file", "a folder with config.json, tokenizer and safetensors", "name the folder it is in")
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+        _check_config(folder, names)
+        _check_weights(folder, names)
+        if not any(name in TOKENIZERS or name.endswith(".tiktoken") for name in names):
+            raise FolderError(
+                _there(names, "no tokenizer"),
+                f"one of {', '.join(TOKENIZERS)} or *.tiktoken",
+                "copy the tokenizer's files into the folder (tokenizer.save_pretrained writes them)",
+            )
+    except OSError as error:
+        raise FolderError(
+            f"{Path(str(error.filename or folder)).name} cannot be read ({error.strerror})",
+            "files that you may read",
+            "correct the permissions or the broken link",
+        ) from error
+
+
+def _there(names: list[str], what: str) -> str:
+    shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    return f"{what}; there: {shown or 'nothing'}"
+
+
+def _check_config(folder: Path, names: list[str]) -> None:
+    expected = "a config.json of a transformers model"
+    if "config.json" not in names:
+        nested = next((name for name in names if (folder / name / "config.json").is_file()), None)
+        raise FolderError(
+            _there(names, "no config.json"),
+            expected,
+            f"name the folder {nested} inside it" if nested else "name the folder that save_pretrained wrote",
+        )
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise FolderError("a config.json that is not a JSON object", expected, "copy the file again")
+
+
+def model_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder, empty if it cannot be read."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _check_weights(folder: Path, names: list[str]) -> None:
+    weights = [name for name in names if name.endswith(".safetensors")]
+    if not weights:
+        other = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf", ".ckpt"))]
+        raise FolderError(
+            _there(names, "no safetensors"),
+            "weights in one or more *.safetensors files",
+            "convert them: load with transformers, then model.save_pretrained(FOLDER)"
+            if other
+            else "download the weights too",
+        )
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            wanted = set(json.loads(index.read_bytes())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise FolderError(
+                f"{index.name} without a weight_map", "the index that belongs to the shards", "copy the file again"
+            ) from None
+        missing = sorted(str(name) for name in wanted if name not in names)
+        if missing:
+            raise FolderError(
+                f"{len(missing)} of {len(wanted)} shards missing, the first {missing[0]}",
+                f"every file that {index.name} names",
+                "download the rest",
+            )
+    for name in weights:
+        _check_safetensors(folder / name)
+
+
+def _check_safetensors(path: Path) -> None:
+    """A cut-off download and a Git LFS pointer are found now, not when a GPU is held."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        start = stream.read(8)
+        if LFS_POINTER.startswith(start) and start:
+            raise FolderError(
+                f"{path.name} is a Git LFS pointer, not the weights", "the weights themselves", "run `git lfs pull`"
+            )
+        length = int.from_bytes(start, "little")
+        header = stream.read(length) if 0 < length <= LONGEST_HEADER_BYTES else b""
+    try:
+        tensors = json.loads(header)
+        end = max((entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        raise FolderError(
+            f"{path.name} ({size} bytes) without a safetensors header", "a safetensors file", "download it again"
+        ) from None
+    if 8 + length + end != size:
+        raise FolderError(
+            f"{path.name} has {size} bytes", f"{8 + length + end} bytes by its own header", "download it again"
+        )
