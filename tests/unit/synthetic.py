@@ -53,7 +53,6 @@ class Model:
 class Project:
     results: Path
     evaluations: list[Path]
-    facts: list[Path]
 
 
 DEMO_TASKS = (
@@ -257,8 +256,8 @@ def write_project(
     full_documents: bool = True,
     trace: bool = True,
 ) -> Project:
-    """Write results/ as the evaluate stage leaves it, and the facts of every run."""
-    results, evaluations, facts = root / "results", [], []
+    """Write results/ as the evaluate stage leaves it."""
+    results, evaluations = root / "results", []
     for number, model in enumerate(models):
         run = f"{model.name}-{_hash('run', model.name)[:12]}"
         hardware = r.Hardware(
@@ -373,7 +372,7 @@ def write_project(
                 task=task.name,
                 scores=scores,
                 versions=dict.fromkeys(names, 1.0),
-                n_shot=dict.fromkeys(names, task.shots),
+                n_shot=dict.fromkeys({task.name, *names}, task.shots),
                 paths={
                     name: r.ScoringPath(
                         requests=task.documents * (4 if task.kind in ("choice", "group") else 1),
@@ -437,18 +436,17 @@ def write_project(
             host_peak_bytes=max(a.host_peak_bytes for a in attempts),
             gpu_peak_bytes=max(a.gpu_peak_bytes or 0 for a in attempts) if model.gpus else None,
         )
-        home = results / "evaluations" / run
+        home = results / "runs" / run
         write_record(home / "evaluation.json", evaluation)
         if trace:
             pq.write_table(pa.Table.from_pylist(rows_of_trace), home / "memory.parquet")
         evaluations.append(home / "evaluation.json")
-        facts.append(_write_facts(root, run, model, tasks))
-    return Project(results, evaluations, facts)
+        _write_facts(home, run, model, tasks)
+    return Project(results, evaluations)
 
 
-def _write_facts(root: Path, run: str, model: Model, tasks: Sequence[Task]) -> Path:
+def _write_facts(home: Path, run: str, model: Model, tasks: Sequence[Task]) -> None:
     types = {"generation": "generate_until", "rolling": "loglikelihood_rolling"}
-    path = root / "facts" / f"{run}.json"
     record = r.Facts(
         run=run,
         model=model.name,
@@ -493,5 +491,4 @@ def _write_facts(root: Path, run: str, model: Model, tasks: Sequence[Task]) -> P
             )
         ],
     )
-    write_record(path, record)
-    return path
+    write_record(home / "facts.json", record)

@@ -144,9 +144,8 @@ def _columns(rows: list[dict[str, Any]]) -> TaskSamples:
     )
 
 
-def load(results: Path, evaluations: Sequence[Path], facts: Sequence[Path] = ()) -> list[ModelData]:
-    """Read evaluations with all their units and samples, in the order given. Raises RecordError."""
-    facts_by_run = {f.run: f for f in (read_record(path, Facts) for path in facts)}
+def load(results: Path, evaluations: Sequence[Path]) -> list[ModelData]:
+    """Read evaluations with their units, samples, and the facts beside them, in the order given. Raises RecordError."""
     records = [(path, read_record(path, Evaluation)) for path in evaluations]
     counts = Counter(record.model for _, record in records)
     wanted: list[tuple[Path, str]] = []
@@ -170,7 +169,7 @@ def load(results: Path, evaluations: Sequence[Path], facts: Sequence[Path] = ())
             label=record.model if counts[record.model] == 1 else record.run,
             folder=path.parent,
             evaluation=record,
-            facts=facts_by_run.get(record.run),
+            facts=read_record(facts, Facts) if (facts := path.parent / "facts.json").exists() else None,
             units=[UnitData(reference, result, next(samples)) for reference, result in units],
         )
         for (path, record), units in zip(records, loaded, strict=True)

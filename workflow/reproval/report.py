@@ -49,7 +49,7 @@ def build(models: Sequence[ModelData], manifests: Sequence[ModelManifest] = (), 
         methods |= {"Holm's correction": known["correction"], "detectable difference": known["detectable"]}
     rows = [[row[c] for c in SCORE_COLUMNS] for row in table]
     content: dict[str, Any] = {
-        "title": "Evaluation of " + (labels[0] if len(labels) == 1 else words.count(len(labels), "model")),
+        "title": words.title(labels, len(lines)),
         "answer": words.answer(lines, labels, pairs),
         "findings": [words.finding(p) for p in pairs if p.significant],
         "models": labels,
@@ -85,14 +85,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--results", type=Path, required=True, help="folder that the evaluations' units are relative to"
     )
     parser.add_argument("--evaluations", type=Path, nargs="+", required=True, help="evaluation.json of every model")
-    parser.add_argument("--facts", type=Path, nargs="*", default=[], help="facts of the runs, for tokens per second")
     parser.add_argument("--manifests", type=Path, nargs="*", default=[], help="model manifests, for file hashes")
     parser.add_argument("--html", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     try:
-        models = collect.load(options.results, options.evaluations, options.facts)
+        models = collect.load(options.results, options.evaluations)
         manifests = [read_record(path, ModelManifest) for path in options.manifests]
         report = build(models, manifests)
     except RecordError as error:

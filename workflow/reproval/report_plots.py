@@ -20,7 +20,8 @@ from matplotlib.ticker import MaxNLocator
 from reproval.report_content import Headline, Memory
 from reproval.words import number, phase_name
 
-WIDTH = 440  # CSS pixels; text is legible from 0.75 to 1.4 times this width
+# CSS pixels, near what the page gives a figure at any width, so that text keeps its size.
+SCORE_WIDTH, MEMORY_WIDTH = 330, 500
 SERIES = 8
 
 # Marks that stand for CSS variables until the figure is written.
@@ -47,8 +48,8 @@ _STYLE: dict[str, Any] = {
 }
 
 
-def _figure(height: int) -> Figure:
-    figure = Figure(figsize=(WIDTH / 72, height / 72))
+def _figure(width: int, height: int) -> Figure:
+    figure = Figure(figsize=(width / 72, height / 72))
     figure.patch.set_visible(False)
     return figure
 
@@ -64,18 +65,16 @@ def _svg(figure: Figure, name: str, description: str) -> str:
     used = set(re.findall(r"(?:url\(#|href=\"#)([^\")]+)", body))
     body = re.sub(r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", body)
     body = re.sub(r"(url\(#|href=\"#)", rf"\g<1>{name}-", body)
-    body = re.sub(
-        r"font: ((?:[\w-]+ )*?)(\d[\d.]*px) [^;\"]+",
-        lambda m: f"font-size: {m[2]}" + ("; font-weight: 600" if "bold" in m[1] or "600" in m[1] else ""),
-        body,
-    )
+    body = body.replace("font-family: 'DejaVu Sans'; ", "")
+    body = re.sub(r' transform="rotate\(-0 [^)]*\)"', "", body)
     for mark, variable in _VARIABLES.items():
         body = body.replace(mark, f"var({variable})")
     # Hundredths of a pixel are enough; the text between the tags is left alone.
     body = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), body)
     body = re.sub(r"\n\s*", "\n", body)
     _, _, rest = body.partition(">")
-    box = f"0 0 {WIDTH} {figure.get_size_inches()[1] * 72:.0f}"
+    width, tall = figure.get_size_inches() * 72
+    box = f"0 0 {width:.0f} {tall:.0f}"
     return f'<svg role="img" viewBox="{box}" aria-label="{html.escape(description)}">{rest.strip()}'
 
 
@@ -107,9 +106,11 @@ def scores(line: Headline, models: Sequence[str], shared: tuple[float, float], n
     cells = [(model, cell) for model, cell in zip(models, line.cells, strict=True) if cell]
     with mpl.rc_context(_STYLE):
         height = 34 + 24 * len(cells)
-        figure = _figure(height)
+        figure = _figure(SCORE_WIDTH, height)
         left, right = 8 + 6.6 * min(20, max(len(m) for m, _ in cells)), 62
-        axes = figure.add_axes((left / WIDTH, 26 / height, 1 - (left + right) / WIDTH, (24 * len(cells)) / height))
+        axes = figure.add_axes(
+            (left / SCORE_WIDTH, 26 / height, 1 - (left + right) / SCORE_WIDTH, (24 * len(cells)) / height)
+        )
         for row, (model, cell) in enumerate(cells):
             colour = _SERIES[models.index(model) % SERIES]
             if cell.low is not None and cell.high is not None:
@@ -117,7 +118,7 @@ def scores(line: Headline, models: Sequence[str], shared: tuple[float, float], n
             hollow = bool(cell.score_levers)
             axes.plot([cell.value], [row], "o", ms=8, mfc=_BAND if hollow else colour, mec=colour, mew=1.8)
             axes.text(
-                1 + 10 / (WIDTH - left - right), row, number(cell.value) + ("†" if hollow else ""),
+                1 + 10 / (SCORE_WIDTH - left - right), row, number(cell.value) + ("†" if hollow else ""),
                 transform=axes.get_yaxis_transform(), va="center", ha="left", fontsize=11, fontweight="bold",
             )  # fmt: skip
         if is_share(line):
@@ -126,7 +127,7 @@ def scores(line: Headline, models: Sequence[str], shared: tuple[float, float], n
             axes.margins(x=0.12)
         axes.set_ylim(len(cells) - 0.5, -0.5)
         axes.set_yticks(range(len(cells)), [_short(model) for model, _ in cells], color=_INK)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.tick_params(length=0, pad=6)
         axes.grid(axis="x", color=_LINE, linewidth=0.7)
         axes.set_axisbelow(True)
@@ -152,8 +153,8 @@ def memory(entry: Memory, name: str) -> str | None:
     times = np.asarray(entry.curve.t_s)
     with mpl.rc_context(_STYLE):
         height = 230
-        figure = _figure(height)
-        axes = figure.add_axes((46 / WIDTH, 30 / height, 1 - 58 / WIDTH, 1 - 58 / height))
+        figure = _figure(MEMORY_WIDTH, height)
+        axes = figure.add_axes((46 / MEMORY_WIDTH, 30 / height, 1 - 58 / MEMORY_WIDTH, 1 - 58 / height))
         top = max(max(v) for v in device.values()) / gib
         if entry.predicted_bytes:
             top = max(top, entry.predicted_bytes / gib)
@@ -164,7 +165,7 @@ def memory(entry: Memory, name: str) -> str | None:
             if index % 2 == 0:
                 axes.axvspan(phase.begin_s, phase.end_s, color=_BAND, linewidth=0)
             label = _short(phase_name(phase.phase), 16)
-            if (phase.end_s - phase.begin_s) / end * (WIDTH - 58) > 5.8 * len(label) + 4:
+            if (phase.end_s - phase.begin_s) / end * (MEMORY_WIDTH - 58) > 5.8 * len(label) + 4:
                 middle = (phase.begin_s + phase.end_s) / 2
                 axes.text(middle, ceiling * 1.025, label, ha="center", va="bottom", fontsize=9.5, color=_MUTED)
         for index, values in enumerate(device.values()):
@@ -182,8 +183,8 @@ def memory(entry: Memory, name: str) -> str | None:
             axes.text(0.005 * end, at - 0.012 * ceiling, "all there is", ha="left", va="top", fontsize=10, color=_MUTED)
         axes.set_xlim(0, end)
         axes.set_ylim(0, ceiling)
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         axes.tick_params(length=0, pad=5)
         axes.grid(axis="y", color=_LINE, linewidth=0.7)
         axes.set_axisbelow(True)

@@ -22,32 +22,46 @@ def p_text(value: float) -> str:
 
 
 def finding(pair: Pair) -> str:
-    interval = f"95 % interval {number(pair.low)} to {number(pair.high)}, " if pair.low is not None else ""
+    """One significant difference in a sentence, told from the side of the better model."""
+    effect, low, high, first, second = pair.effect, pair.low, pair.high, pair.a, pair.b
+    if pair.better == pair.b:
+        first, second = pair.b, pair.a
+        turned = [None if x is None else 1 / x if pair.scale == "ratio" else -x for x in (effect, high, low)]
+        effect, low, high = turned[0] or 0.0, turned[1], turned[2]
+    verb = "is better than" if pair.better else "differs from"
+    interval = (
+        f"95\u00a0% interval {signed(low, pair.scale)} to {signed(high, pair.scale)}, " if low is not None else ""
+    )
     p = p_text(pair.p_holm)
-    tail = f"({interval}adjusted p {p if p.startswith('<') else '= ' + p}, {pair.n} questions)"
-    marks = f" A score-changing lever was pulled ({'; '.join(pair.score_levers)})." if pair.score_levers else ""
-    if pair.scale == "ratio":
-        return (
-            f"{pair.task}: the {pair.metric} of {pair.a} is {number(pair.effect)} times that of {pair.b} {tail}.{marks}"
-        )
-    more = "more" if pair.effect > 0 else "less"
+    marks = f" With a score-changing lever: {'; '.join(pair.score_levers)}." if pair.score_levers else ""
     return (
-        f"{pair.task}: {pair.a} scores {number(abs(pair.effect))} {more} than {pair.b} in {pair.metric} {tail}.{marks}"
+        f"{pair.task}: {first} {verb} {second}, {pair.metric} {signed(effect, pair.scale)} "
+        f"({interval}adjusted p\u00a0{p if p.startswith('<') else '= ' + p}, {pair.n:,} questions).{marks}"
     )
 
 
+def title(models: Sequence[str], tasks: int) -> str:
+    names = [models[0]] if len(models) == 1 else [", ".join(models[:-1]) + " and " + models[-1]]
+    who = names[0] if len(models) <= 3 else f"{len(models)} models"
+    return f"How {who} score{'s' if len(models) == 1 else ''} on {count(tasks, 'task')}"
+
+
 def answer(lines: Sequence[Headline], models: Sequence[str], pairs: Sequence[Pair]) -> str:
+    """The first thing to know: which differences there are, or how small a one could have been seen."""
     questions = sum(max((c.n or 0 for c in line.cells if c), default=0) for line in lines)
-    what = f"{count(len(models), 'model')} on {count(len(lines), 'task')}, {questions:,} questions."
+    asked = f"{questions:,} questions"
+    if len(models) == 1:
+        return f"{models[0]} was asked {asked}. With one model nothing is compared."
     if not pairs:
-        return f"{what} Nothing is compared." if len(models) > 1 else what
+        return f"{count(len(models), 'model')} were evaluated, and no two of them on the same questions."
+    same = f"in {count(len(pairs), 'comparison')} on the same questions ({questions:,} in all)"
     significant = sum(p.significant for p in pairs)
     if significant:
-        which = "it is" if len(pairs) == 1 else f"{significant} {'is' if significant == 1 else 'are'}"
-        return f"{what} Of {count(len(pairs), 'comparison')}, {which} significant at 5 % after correction."
+        they = "difference is" if significant == 1 else "differences are"
+        return f"{significant:,} {they} significant at 5\u00a0% after correction, {same}."
     reach = [p.detectable for p in pairs if p.detectable is not None and p.scale == "difference"]
-    could = f" The samples are large enough to show differences of {number(min(reach))} and more." if reach else ""
-    return f"{what} Of {count(len(pairs), 'comparison')} none is significant at 5 % after correction.{could}"
+    could = f" The smallest that could have been found is {number(min(reach))}." if reach else ""
+    return f"No difference is significant at 5\u00a0% after correction, {same}.{could}"
 
 
 def count(n: int, noun: str) -> str:
