@@ -32,7 +32,7 @@ HOME = ENVS.parent / ".env"
 STAMP = "reproval-lock.json"
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 
-# The locks of each environment. `demo` holds a package for its data and is no environment to run.
+# The locks of each environment.
 LOCKS = {
     "uv": ["uv.txt"],
     "controller": ["controller.txt"],
@@ -40,7 +40,11 @@ LOCKS = {
     "cpu": ["cpu.txt", "torch-cpu.txt"],
     "gpu": ["gpu.txt"],
     "demo": ["demo.txt"],
+    "pytest": ["pytest.txt"],
 }
+
+# Folders of packages without a Python of their own: `demo` is there for its data, `pytest` is put on PYTHONPATH.
+FOLDERS = ("demo", "pytest")
 
 # A download may take its time on a slow line, as long as it moves.
 INSTALL_DEADLINE_S = 3600
@@ -84,7 +88,7 @@ def up_to_date(name: str) -> bool:
         if json.loads((folder / STAMP).read_text(encoding="utf-8")) != stamp_of(name):
             return False
         # The Python that it links to may have gone since.
-        return name == "demo" or subprocess.run([folder / "bin" / "python", "-I", "-c", ""]).returncode == 0
+        return name in FOLDERS or subprocess.run([folder / "bin" / "python", "-I", "-c", ""]).returncode == 0
     except (OSError, ValueError):
         return False
 
@@ -191,7 +195,8 @@ class Uv:
         """The command that installs one lock; `target` is --python FILE or --target FOLDER."""
         return [
             *(self.program, "pip", "install", *target, "--requirements", str(ENVS / lock)),
-            *("--no-deps", "--require-hashes", "--build-constraints", str(ENVS / "build.txt")),
+            *("--no-deps", "--require-hashes"),
+            *("--require-build-hashes", "--build-constraints", str(ENVS / "build.txt")),
             *(more or self.no_index),
         ]
 
@@ -283,10 +288,10 @@ def make(name: str) -> None:
         # pip takes its own configuration; isolated mode (-I) keeps PYTHONPATH and user packages out of it.
         pip = [str(folder / "bin" / "python"), "-I", "-m", "pip", "--disable-pip-version-check", "--no-input"]
         run([*pip, "install", "--quiet", "--no-deps", "--require-hashes", "--requirement", str(ENVS / "uv.txt")])
-    elif name == "demo":
+    elif name in FOLDERS:
         uv = Uv()
         target = ["--python", sys.executable, "--target", str(folder)]
-        run(uv.pip_install(target, "demo.txt"), uv.environment)
+        run(uv.pip_install(target, f"{name}.txt"), uv.environment)
     else:
         uv = Uv()
         run([uv.program, "venv", "--quiet", "--no-project", "--python", sys.executable, str(folder)], uv.environment)

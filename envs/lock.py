@@ -18,8 +18,8 @@ from install import ENVS, TORCH_INDEX, InstallError, Uv
 # them beside the CPU torch fails. triton is for GPUs, 1 GB, and only xgrammar names it. torch has a lock of its own.
 LEFT_OUT = {"cpu": ["torch", "torchvision", "torchaudio", "torchcodec", "triton"]}
 
-# In this order: dev keeps to what controller.txt pins.
-NAMES = ["uv", "build", "demo", "torch-cpu", "controller", "dev", "cpu", "gpu"]
+# In this order: dev keeps to what controller.txt pins, and pytest to cpu.txt.
+NAMES = ["uv", "build", "demo", "torch-cpu", "controller", "dev", "cpu", "pytest", "gpu"]
 
 
 def inputs(name: str) -> list[str]:
@@ -58,9 +58,13 @@ def compile_lock(uv: Uv, name: str, *more: str, deadline_s: float = 600) -> str:
         *uv.no_index,
         *more,
     ]
+    environment = dict(uv.environment)
+    if name != "cpu":
+        # A local torch 2.13.0+cpu counts as 2.13.0, and would end up in the GPU's lock.
+        environment.pop("UV_FIND_LINKS", None)
     before = (ENVS / f"{name}.txt").read_bytes() if (ENVS / f"{name}.txt").exists() else None
     try:
-        done = subprocess.run(command, cwd=ENVS, env=uv.environment, capture_output=True, text=True, timeout=deadline_s)
+        done = subprocess.run(command, cwd=ENVS, env=environment, capture_output=True, text=True, timeout=deadline_s)
         if done.returncode != 0:
             raise InstallError(f"{name}.in cannot be resolved:\n{done.stderr.strip()}")
         return body((ENVS / f"{name}.txt").read_text(encoding="utf-8"))
@@ -77,12 +81,12 @@ def lock_torch(uv: Uv) -> str:
     path = ENVS / "torch-cpu.txt"
     try:
         return compile_lock(uv, "torch-cpu", "--no-deps", "--default-index", TORCH_INDEX, deadline_s=60)
-    except InstallError as error:
+    except InstallError:
         pin = re.search(r"^torch==\S+", (ENVS / "torch-cpu.in").read_text(encoding="utf-8"), flags=re.MULTILINE)
         kept = body(path.read_text(encoding="utf-8")) if path.exists() else ""
         if pin is None or not kept.startswith(pin[0] + " "):
             raise
-        print(f"{TORCH_INDEX} gives no answer: the hashes of {pin[0]} stay as they are ({error})".splitlines()[0])
+        print(f"{TORCH_INDEX} gives no answer: the hashes of {pin[0]} stay as they are")
         return kept
 
 
