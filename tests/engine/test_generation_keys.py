@@ -59,9 +59,11 @@ def test_every_key_reaches_the_engine() -> None:
     [("top_p", 0.0), ("top_p", 1.1), ("top_k", -2), ("min_p", 1.1), ("temperature", 2.1), ("repetition_penalty", 0.0)],
 )
 def test_ranges_are_those_of_the_engine(key: str, value: float) -> None:
+    from vllm.exceptions import VLLMValidationError
+
     with pytest.raises(ValueError, match=key):
         Generation.model_validate({key: value}, strict=True)
-    with pytest.raises(ValueError, match=key):
+    with pytest.raises(VLLMValidationError, match=key):
         sampling({"do_sample": True, "temperature": 0.5, key: value})
 
 

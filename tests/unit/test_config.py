@@ -127,9 +127,16 @@ def test_missing_configfile_is_named(workdir: Path) -> None:
 def test_text_inside_braces_of_the_command_line_gets_its_type(workdir: Path) -> None:
     cli = pytest.importorskip("snakemake.cli", reason="Snakemake is not installed")
     given_values = cli.parse_config(
-        ["hardware={gpus: 1, gpu_memory_gib: 79.6, compute_capability: '9.0'}", "batch_invariant=true", "seed=7"]
+        [
+            "hardware={gpus: 1, gpu_memory_gib: 79.6, compute_capability: '9.0'}",
+            "suites={core: {num_fewshot: 5, generation: {do_sample: true, temperature: 0.5, until: ['1', x]}}}",
+            "batch_invariant=true",
+            "seed=7",
+        ]
     )
     config = read(GOOD, workdir, given_values)
+    assert config.suites["core"].num_fewshot == 5
+    assert config.suites["core"].generation == {"do_sample": True, "temperature": 0.5, "until": ["1", "x"]}
     assert config.hardware.gpus == 1
     assert config.hardware.gpu_memory_gib == 79.6
     assert config.hardware.compute_capability == "9.0"
@@ -274,7 +281,8 @@ def test_check_by_hand(workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 
 # --- whatever is given --------------------------------------------------------------------------------------------
 
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates()
+LONG = st.sampled_from(["x" * 5000, "a/" * 3000, "\0", "models/\0", "~root", "$HOME", "\n", "é" * 200])
+SCALARS = LONG | st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates()
 ANYTHING = st.recursive(
     SCALARS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SCALARS, inner, max_size=3),

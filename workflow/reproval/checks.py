@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from reproval.folders import FolderError, check_model_folder, model_config, resolve, walk
+from reproval.folders import FolderError, check_model_folder, kind_of, model_config, resolve, walk
 from reproval.problems import SECRET, Report, listing, lookup, nearest, show
 from reproval.settings import Config, HardwareConfig, TaskSettings
 from reproval.strictyaml import KeyPath, YamlError, read
@@ -205,7 +205,7 @@ def _local(
     problem = folders[folder]
     if problem is not None:
         mend = problem.mend
-        if not folder.exists():
+        if kind_of(folder) is None:
             if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
                 mend = f"if it is on the Hugging Face Hub, write hub: {path} and its revision; else {mend}"
             mend = _unexpanded(path) or mend
@@ -379,10 +379,11 @@ def _include_path(report: Report, at: KeyPath, value: Any, base: Path, workdir: 
         return
     folder = resolve(value, workdir, base)
     expected = "a folder with lm-eval task files (*.yaml)"
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing there"
+    kind = kind_of(folder)
+    if kind != "folder":
+        found = "a file" if kind else "nothing there"
         where = "correct the path, which is relative to the working directory or to the workflow's folder"
-        mend = _unexpanded(value) or ("write the folder that the file is in" if folder.exists() else where)
+        mend = _unexpanded(value) or ("write the folder that the file is in" if kind else where)
         report.add(at, found=f"{show(value)}: {found}", expected=expected, mend=mend)
     elif folder.resolve() in (workdir.resolve(), *workdir.resolve().parents):
         report.add(
@@ -391,13 +392,16 @@ def _include_path(report: Report, at: KeyPath, value: Any, base: Path, workdir: 
             expected=expected + " and what they need",
             mend="put the task files into a folder of their own",
         )
-    elif not any(path.suffix == ".yaml" for path in walk(folder)):
-        report.add(
-            at,
-            found=f"{show(value)}: no *.yaml",
-            expected=expected,
-            mend="name the folder with the task files (lm-eval does not read *.yml)",
-        )
+    else:
+        found, mend = "no *.yaml", "name the folder with the task files (lm-eval does not read *.yml)"
+        try:
+            # To the end: what cannot be read is said here, not when the content is hashed.
+            suffixes = {path.suffix for path in walk(folder)}
+        except OSError as error:
+            suffixes, found = set(), f"{error.filename} cannot be read ({error.strerror})"
+            mend = "correct the permissions or the broken link"
+        if ".yaml" not in suffixes:
+            report.add(at, found=f"{show(value)}: {found}", expected=expected, mend=mend)
 
 
 def _settings(report: Report, at: KeyPath, own: Mapping[Any, Any], suite: Mapping[Any, Any]) -> None:
@@ -519,7 +523,7 @@ def _container(report: Report, workdir: Path) -> None:
         return
     digest_of_sif = container.get("sif_sha256")
     if image.endswith((".sif", ".simg")) and "://" not in image:
-        if not resolve(image, workdir).is_file():
+        if kind_of(resolve(image, workdir)) != "file":
             report.add(
                 key,
                 found=f"{show(image)}: no such file",
@@ -588,9 +592,9 @@ def _tiers(report: Report, base: Path, workdir: Path) -> None:
     reads: list[KeyPath] = [("tiers",)]
     try:
         data = read(file).data
-    except OSError as error:
+    except (OSError, ValueError) as error:
         mend = _unexpanded(name) or "correct the path, or delete tiers for the file that comes with the workflow"
-        found = f"{show(name)}: {error.strerror}"
+        found = f"{show(name)}: {getattr(error, 'strerror', error)}"
         report.add(("tiers",), found=found, expected=expected, mend=mend, reads=reads)
         return
     except YamlError as error:
@@ -616,8 +620,7 @@ def _store(report: Report, workdir: Path) -> None:
     store = report.section(()).get("store")
     if not isinstance(store, str):
         return
-    where = resolve(store, workdir)
-    if _unexpanded(store) is not None or (where.exists() and not where.is_dir()):
+    if _unexpanded(store) is not None or kind_of(resolve(store, workdir)) == "file":
         report.add(
             ("store",),
             found=show(store) + ("" if _unexpanded(store) else ": a file"),

@@ -153,7 +153,7 @@ def _display(file: Path, workdir: Path) -> str:
 
 def _read_command_line(report: Report) -> None:
     """Give the values of `--config KEY={...}` their types: inside braces Snakemake leaves everything text."""
-    for path, kind in _violations(Config, report.merged, ()).items():
+    for path, kind in _all_violations(report.merged).items():
         value = lookup(report.merged, path)
         if kind == "value" and isinstance(value, str) and report.from_command_line(path):
             lookup(report.merged, path[:-1])[path[-1]] = _reading(value)
@@ -194,6 +194,14 @@ def _violations(model: type[BaseModel], data: Any, at: KeyPath) -> dict[KeyPath,
     return {}
 
 
+def _all_violations(merged: dict[Any, Any]) -> dict[KeyPath, str]:
+    found = _violations(Config, merged, ())
+    for path in _generations(merged):
+        found = {other: kind for other, kind in found.items() if other[: len(path)] != path}
+        found |= _violations(Generation, lookup(merged, path), path)
+    return found
+
+
 def _locate(location: tuple[int | str, ...], error: str, data: Any) -> tuple[KeyPath, str, bool]:
     """The path of the data in pydantic's location, which also names the branches of unions."""
     path: list[Any] = []
@@ -216,10 +224,7 @@ def _locate(location: tuple[int | str, ...], error: str, data: Any) -> tuple[Key
 
 def _shape(report: Report) -> None:
     """Add unknown keys, missing keys and wrong types to the report, and mark them as faults."""
-    found = _violations(Config, report.merged, ())
-    for path in _generations(report.merged):
-        found = {other: kind for other, kind in found.items() if other[: len(path)] != path}
-        found |= _violations(Generation, lookup(report.merged, path), path)
+    found = _all_violations(report.merged)
     # A misspelled key explains the key that is missing, so it comes first.
     order = ["unknown", "name", "value", "missing"]
     for path, kind in sorted(found.items(), key=lambda item: order.index(item[1])):
@@ -467,7 +472,7 @@ def runs(config: Config, base: Path, workdir: Path, environment: str) -> list[Ru
             for path in {model.path for model in config.models.values()}
             if path is not None
         }
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         problem = Problem("", "", str(error), "files that stay where they are", "restore the file, and start again")
         raise ConfigError([problem]) from error
     units = {name: _units(name, suite, base, workdir) for name, suite in config.suites.items()}

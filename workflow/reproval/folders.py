@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 from reproval.files import sha256_file, sha256_json
 
@@ -47,16 +48,34 @@ def resolve(path: str, workdir: Path, base: Path | None = None) -> Path:
     Nothing is expanded (no ~, no $VARIABLE): in a container they would mean another place.
     """
     here = workdir / path
-    if base is not None and not here.exists() and (base / path).exists():
+    if base is not None and kind_of(here) is None and kind_of(base / path) is not None:
         return base / path
     return here
 
 
+def kind_of(path: Path) -> Literal["folder", "file"] | None:
+    """What is at a path; None also where it cannot be looked at, or where the path is none (too long, a NUL)."""
+    try:
+        return "folder" if stat.S_ISDIR(path.stat().st_mode) else "file"
+    except (OSError, ValueError):
+        return None
+
+
 def walk(folder: Path) -> Iterator[Path]:
-    """Files below a folder by name, without hidden ones and compiled Python; links to files are followed."""
-    for root, folders, files in os.walk(folder):
+    """Regular files below a folder by name, without hidden ones and compiled Python; links to files are followed.
+
+    Raises OSError for what cannot be read, a broken link included.
+    """
+
+    def stop(error: OSError) -> NoReturn:
+        raise error
+
+    for root, folders, files in os.walk(folder, onerror=stop):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
-        yield from (Path(root, name) for name in sorted(files) if not name.startswith(".") and name[-4:] != ".pyc")
+        for name in sorted(files):
+            path = Path(root, name)
+            if not name.startswith(".") and path.suffix != ".pyc" and stat.S_ISREG(path.stat().st_mode):
+                yield path
 
 
 def tree_digest(folder: Path) -> str:
@@ -90,9 +109,9 @@ def _content(path: Path) -> str:
 
 def check_model_folder(folder: Path) -> None:
     """Raise FolderError unless the folder holds config.json, a tokenizer, and whole safetensors files."""
-    if not folder.exists():
+    if kind_of(folder) is None:
         raise FolderError("nothing there", "an existing folder", "correct the path, or download the model to it")
-    if not folder.is_dir():
+    if kind_of(folder) == "file":
         raise FolderError("a file", "a folder with config.json, tokenizer and safetensors", "name the folder it is in")
     try:
         names = sorted(entry.name for entry in folder.iterdir())
@@ -120,7 +139,7 @@ def _there(names: list[str], what: str) -> str:
 def _check_config(folder: Path, names: list[str]) -> None:
     expected = "a config.json of a transformers model"
     if "config.json" not in names:
-        nested = next((name for name in names if (folder / name / "config.json").is_file()), None)
+        nested = next((name for name in names if kind_of(folder / name / "config.json") == "file"), None)
         raise FolderError(
             _there(names, "no config.json"),
             expected,

@@ -19,7 +19,7 @@ ABSENT: Any = object()
 
 # Tokens of the Hugging Face Hub, GitHub and OpenAI-like services, by their published prefixes.
 SECRET = re.compile(
-    r"(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|sk-[A-Za-z0-9_-]{20,})"
+    r"(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|sk-(?:proj-)?[A-Za-z0-9]{32,})"
 )
 
 
