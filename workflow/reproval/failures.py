@@ -22,7 +22,10 @@ DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 # vLLM puts "(EngineCore pid=123) ERROR 11-22 23:58:43 [core.py:1510] " before every line of a traceback.
 _PREFIX = re.compile(r"^\s*(?:\([^()]* pid=\d+\)\s*)?(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)? \[[^\]]*\]\s*)?")
-_EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt|OutOfResources|Failure)\b(?::|$)")
+_EXCEPTION = re.compile(
+    r"^(?:[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt|OutOfResources|Failure)\b(?::|$)"
+    r"|Fatal Python error|!+ Segfault)"
+)
 
 Change = Literal["up", "down", "on", "changed", "smaller"]
 
@@ -56,6 +59,8 @@ class Patterns(Part):
     frames: list[Cause]
     out_of_memory_by_phase: dict[Phase, FailureClass]
     ambiguous: list[str]
+    fatal: list[str]
+    vanished: list[str]
     answers: dict[str, dict[str, Change]] = Field(
         description="Failure class -> setting -> the change from the failed rung that can help."
     )
@@ -63,7 +68,7 @@ class Patterns(Part):
     def texts(self) -> list[str]:
         """Every text that says something about a failure or a phase."""
         lines = [m.text for m in self.markers] + [c.text for c in self.causes + self.frames]
-        return [*lines, *self.out_of_memory, *self.ambiguous, _TRACEBACK]
+        return [*lines, *self.out_of_memory, *self.ambiguous, *self.fatal, *self.vanished, _TRACEBACK]
 
 
 _TRACEBACK = "Traceback (most recent call last)"
@@ -85,6 +90,11 @@ def phase_after(line: str, phase: Phase) -> Phase:
     return phase
 
 
+def is_fatal(line: str) -> bool:
+    """Whether the engine is gone once this is in the log, whatever its parent makes of it."""
+    return any(text in line for text in patterns().fatal)
+
+
 def message_of(line: str) -> str:
     """A line of the log without vLLM's prefix, at most 500 characters."""
     return _PREFIX.sub("", line.strip(), count=1)[:500]
@@ -104,44 +114,56 @@ def classify(
     number, `cgroup_oom` whether the kernel killed for memory in this control group meanwhile, and `phase` how far the
     attempt came, by log and events.
 
-    The last line that names a cause wins, since what a worker writes at its end is followed only by lines of its
-    parents, which name none. A cause that the engine survived, one logged before the tasks began, does not count.
+    The text of a cause decides before the way the child ended, since parents write nothing that names one.
     """
     known = patterns()
     lines = list(log_lines)
+    if (cause := _cause(lines, phase)) is not None:
+        return cause
+    killed = signal == signals.SIGKILL or returncode == 128 + signals.SIGKILL
+    vanished = any(text in line for line in lines for text in known.vanished)
+    last = _last_words(lines)
+    if cgroup_oom:
+        return "host_memory", "the kernel killed a process of this job for memory (oom_kill in its control group)"
+    if (killed or vanished) and (last is None or any(text in last for text in known.ambiguous)):
+        who = "the child was" if killed else "the engine's process was"
+        return "host_memory", f"{who} killed without a traceback, as the kernel does when the host's memory ends"
+    if signal in (signals.SIGTERM, signals.SIGINT, signals.SIGHUP):
+        return "interrupted", f"ended by {signals.Signals(signal).name} from outside"
+    how = f"killed by {signals.Signals(signal).name}" if signal else f"exit code {returncode}"
+    return "not_memory", f"{last} ({how})" if last else f"{how}, and nothing in the log says why"
+
+
+def _cause(lines: list[str], phase: Phase) -> tuple[FailureClass, str] | None:
+    """What the log names as the cause, and its line.
+
+    The last one wins: an engine may go on after an earlier one, and after the one that ended it come only the lines of
+    parents, which repeat it. What was logged before the tasks began did not end an engine that reached them.
+    """
+    known = patterns()
     cause: tuple[FailureClass, str] | None = None
-    now: Phase = "start"
     frame: FailureClass | None = None
+    now: Phase = "start"
     for line in lines:
         before, now = now, phase_after(line, now)
         if now != before and now == "tasks":
             cause = None
         if _TRACEBACK in line:
             frame = None
-        for candidate in known.frames:
-            if candidate(line):
-                frame = candidate.failure
+        frame = next((candidate.failure for candidate in known.frames if candidate(line)), frame)
         if cause is not None and any(text in line for text in known.ambiguous):
             continue
         if any(text in line for text in known.out_of_memory):
-            reached = max(now, phase, key=PHASES.index) if phase == "tasks" else now
-            # Frames are indented; where the innermost of them is tells more than how far another process had logged.
-            cause = (frame or known.out_of_memory_by_phase[reached], message_of(line))
+            # The frames tell more than how far the log had come; without them it may be the collapse after the cause.
+            if frame is not None:
+                cause = (frame, message_of(line))
+            elif cause is None:
+                reached = phase if phase == "tasks" else now
+                cause = (known.out_of_memory_by_phase[reached], message_of(line))
         for candidate in known.causes:
             if candidate(line):
                 cause = (candidate.failure, message_of(line))
-    if cause is not None:
-        return cause
-    killed = signal == signals.SIGKILL or returncode == 128 + signals.SIGKILL
-    last = _last_words(lines)
-    if cgroup_oom:
-        return "host_memory", "the kernel killed a process of this job for memory (oom_kill in its control group)"
-    if killed and (last is None or any(text in last for text in known.ambiguous)):
-        return "host_memory", "killed by SIGKILL without a traceback, as the kernel does when the host's memory ends"
-    if signal in (signals.SIGTERM, signals.SIGINT, signals.SIGHUP):
-        return "interrupted", f"ended by {signals.Signals(signal).name} from outside"
-    how = f"killed by {signals.Signals(signal).name}" if signal else f"exit code {returncode}"
-    return "not_memory", f"{last} ({how})" if last else f"{how}, and nothing in the log says why"
+    return cause
 
 
 def _last_words(lines: list[str]) -> str | None:

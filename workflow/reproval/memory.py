@@ -200,12 +200,13 @@ class _Peak:
 
 
 class Sampler:
-    """Samples the processes below `root`, and the GPUs, in a thread of this process until `stop`.
+    """Samples the processes below `root`, and the GPUs, in a thread of this process every `interval_s` until `stop`.
 
-    `skip` are processes below `root` that are not counted. Rate: one sample every `interval_s`.
+    `root` itself is not counted. Resident memory is summed over the processes, so pages that several of them share,
+    such as libraries, count once for each.
     """
 
-    def __init__(self, root: int, gpus: Gpus | None = None, interval_s: float = 0.04, phase: str = "start") -> None:
+    def __init__(self, root: int, gpus: Gpus | None = None, interval_s: float = 0.03, phase: str = "start") -> None:
         self._root, self._gpus, self._interval_s = root, gpus, interval_s
         self._begin = time.monotonic()
         self.trace = Trace(gpu_bytes=tuple(array("q") for _ in range(len(gpus) if gpus else 0)))
@@ -258,7 +259,7 @@ class Sampler:
         now = time.monotonic()
         if now >= self._next_scan:
             self._pids = descendants(self._root)
-            self._next_scan = now + max(0.2, (time.monotonic() - now) / _SCAN_SHARE)
+            self._next_scan = now + max(0.1, (time.monotonic() - now) / _SCAN_SHARE)
         host = sum(_resident_bytes(pid) for pid in self._pids)
         gpus = self._gpus.used_bytes() if self._gpus else ()
         self.samples += 1

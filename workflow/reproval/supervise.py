@@ -44,6 +44,7 @@ class Deadlines:
 
     after_done_s: float = 30.0  # from its `done` to its end; stock lm_eval was seen not to exit on a GPU
     grace_s: float = 20.0  # from SIGTERM to SIGKILL; below Slurm's KillWait, which is 30 s unless a site changed it
+    after_death_s: float = 30.0  # from the log's word that the engine is dead; vLLM 0.32 then may wait for it for ever
     linger_s: float = 2.0  # what its own children get to end by themselves after it
     idle_s: float | None = None  # with neither a line of log nor an event
     total_s: float | None = None
@@ -75,7 +76,7 @@ def run_child(
     *,
     gpus: int = 0,
     deadlines: Deadlines = Deadlines(),
-    interval_s: float = 0.04,
+    interval_s: float = 0.03,
 ) -> ChildOutcome:
     """Run `argv` with the environment `env` to its end, and leave nothing of it behind.
 
@@ -108,12 +109,14 @@ class _Run:
         self.marker = uuid.uuid4().hex
         self.env = {
             "PYTHONUNBUFFERED": "1",  # else the last lines before a crash stay in the child's buffer
+            "PYTHONFAULTHANDLER": "1",  # else a segmentation fault is as silent as a SIGKILL
             **env,
             RUN_VARIABLE: self.marker,
             "SPT_NOENV": "1",  # vLLM renames its processes; without this setproctitle overwrites the marker
         }
         self.phase: Phase = "start"
         self.done = False
+        self.dead_at: float | None = None  # when the log said that the engine is dead
         self.failed_message: str | None = None
         self.exit_code: int | None = None  # as subprocess gives it: negative for a signal
         self.refused: str | None = None
@@ -245,8 +248,12 @@ class _Run:
         grown = False
         for line in tail.read():
             grown = True
-            if line is not None and (phase := failures.phase_after(line, self.phase)) != self.phase:
+            if line is None:
+                continue
+            if (phase := failures.phase_after(line, self.phase)) != self.phase:
                 self._enter(phase, sampler)
+            if self.dead_at is None and failures.is_fatal(line):
+                self.dead_at = time.monotonic()
         return grown
 
     def _interrupt(self, number: int) -> None:
@@ -265,6 +272,9 @@ class _Run:
             elif done_at is not None:
                 if now - done_at > limits.after_done_s:
                     self.ended_for = f"did not exit within {limits.after_done_s:g} s after its last task, and was ended"
+            elif self.dead_at is not None:
+                if now - self.dead_at > limits.after_death_s:
+                    self.ended_for = f"its engine had died {limits.after_death_s:g} s before"
             elif limits.total_s is not None and now - started > limits.total_s:
                 self.ended_for = f"took longer than {limits.total_s:g} s"
             elif limits.idle_s is not None and now - alive > limits.idle_s:
@@ -311,13 +321,16 @@ class _Run:
                 message = f"ended with {_how(code)} after its last task"
         elif self.interrupted_by is not None:
             failure, message = "interrupted", self.ended_for or "interrupted"
-        elif self.ended_for is not None:
+        elif self.ended_for is not None and self.dead_at is None:
             failure, message = "deadline", self.ended_for
         elif self.refused is not None:
             failure, message = "not_memory", f"could not be started: {self.refused}"
         else:
             oom = memory.oom_kills() > oom_before
-            failure, message = failures.classify(tail.lines(), returncode, signal_number, oom, self.phase)
+            if self.ended_for is not None:  # then the way it ended says nothing of why it failed
+                failure, message = failures.classify(tail.lines(), None, None, oom, self.phase)
+            else:
+                failure, message = failures.classify(tail.lines(), returncode, signal_number, oom, self.phase)
             if failure == "not_memory":
                 message = self.failed_message or message
                 if code == 0:

@@ -1,0 +1,275 @@
+"""Failures are told apart by the engine's log: each class, what vLLM really wrote, and what must not mislead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from reproval.failures import classify, message_of, patterns, phase_after
+from reproval.records import FailureClass, Phase
+
+# What the engine logs on its way up on a GPU (texts of vLLM 0.32.0), by the phase that each line begins.
+CORE, WORKER = "(EngineCore pid=7) ", "(Worker_TP0 pid=9) "
+LOG: dict[Phase, str] = {
+    "start": "(MainProcess pid=5) INFO 11-22 23:58:43 [api_utils.py:286] non-default args: {'dtype': 'bfloat16'}",
+    "weights": WORKER + "INFO 11-22 23:58:57 [gpu_model_runner.py:5039] Starting to load model Qwen/Qwen3-4B...",
+    "profile": WORKER + "INFO 11-22 23:58:58 [model_runner.py:424] Model loading took 7.56 GiB memory and 2.1 seconds",
+    "kv_cache": CORE + "INFO 11-22 23:58:59 [kv_cache_utils.py:2327] GPU KV cache size: 46,592 tokens, Maximum ...",
+    "capture": WORKER + "INFO 11-22 23:59:09 [model_runner.py:1127] Graph capturing finished in 6 secs, took 0.80 GiB",
+    "tasks": CORE
+    + "INFO 11-22 23:59:10 [core.py:402] init engine (profile, create kv cache, warmup model) took 2.11 s",
+}
+ERROR = "ERROR 11-22 23:59:20 [core.py:1510] "
+OOM = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 4.53 GiB. GPU 0 has a total capacity of 79.18 GiB."
+PARENT = [
+    "Traceback (most recent call last):",
+    "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': 1}",
+]
+DEAD = [
+    "Traceback (most recent call last):",
+    "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace (above) for the root "
+    "cause.",
+]
+
+
+def up_to(phase: Phase) -> list[str]:
+    phases = list(LOG)
+    return [LOG[name] for name in phases[: phases.index(phase) + 1]]
+
+
+def traceback(*functions: str, error: str = OOM) -> list[str]:
+    frames = [f'{CORE}{ERROR}  File "/x/vllm/v1/worker/gpu_worker.py", line 99, in {name}' for name in functions]
+    return [f"{CORE}{ERROR}Traceback (most recent call last):", *frames, f"{CORE}{ERROR}{error}"]
+
+
+def failed(lines: list[str], phase: Phase = "start") -> FailureClass:
+    return classify(lines, 1, None, False, phase)[0]
+
+
+# --- phases --------------------------------------------------------------------------------------------------------
+
+
+def test_every_phase_is_seen_in_the_log() -> None:
+    phase: Phase = "start"
+    for expected, line in LOG.items():
+        phase = phase_after(line, phase)
+        assert phase == expected
+
+
+def test_the_phases_of_a_cpu_engine() -> None:
+    lines = [
+        "INFO [cpu_model_runner.py:68] Starting to load model /models/smol...",
+        "INFO [cpu_worker.py:260] Explicitly set (1.0/8.84) GiB for KV cache on node 0.",
+        "INFO [kv_cache_utils.py:2327] CPU KV cache size: 46,592 tokens, Maximum concurrency for 1,024 tokens: 45.50x",
+        "INFO [core.py:402] init engine (profile, create kv cache, warmup model) took 2.11 s",
+    ]
+    phase: Phase = "start"
+    seen = [phase := phase_after(line, phase) for line in lines]
+    assert seen == ["weights", "kv_cache", "kv_cache", "tasks"]
+
+
+def test_a_phase_never_goes_back_and_graphs_captured_to_profile_are_no_capture() -> None:
+    assert phase_after(LOG["weights"], "tasks") == "tasks"
+    assert phase_after("Capturing CUDA graphs (FULL):   0%|", "profile") == "profile"
+    assert phase_after("Capturing CUDA graphs (FULL):   0%|", "kv_cache") == "capture"
+    assert phase_after("nothing to see", "weights") == "weights"
+
+
+# --- the table -----------------------------------------------------------------------------------------------------
+
+NO_ROOM = "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when ..."
+TEXTS: list[tuple[str, FailureClass]] = [
+    (
+        "ValueError: Free memory on device cuda:0 (4.1/79.18 GiB) on startup is less than desired GPU memory "
+        "utilization (0.92, 72.85 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes.",
+        "gpu_busy",
+    ),
+    (
+        "Failed to load model - not enough GPU memory. Try lowering --gpu-memory-utilization to free memory for "
+        "weights, ... (original error: CUDA out of memory. Tried to allocate 96.00 MiB.)",
+        "weights_too_big",
+    ),
+    (NO_ROOM, "no_kv_room"),
+    (
+        "ValueError: To serve at least one request with the model's max seq len (32768), (4.5 GiB KV cache is needed, "
+        "which is larger than the available KV cache memory (2.1 GiB).",
+        "kv_below_one_request",
+    ),
+    (
+        "ValueError: Cannot auto-fit max_model_len: not enough GPU memory available to serve even a single token.",
+        "kv_below_one_request",
+    ),
+    ("RuntimeError: [enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory", "host_memory"),
+    ("OSError: [Errno 12] Cannot allocate memory", "host_memory"),
+    ("MemoryError", "host_memory"),
+    ("numpy._core._exceptions._ArrayMemoryError: Unable to allocate 9 GiB", "host_memory"),
+    ("Worker proc VllmWorker-1 died unexpectedly (exit code: -9), shutting down executor.", "host_memory"),
+    ("Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': -9}", "host_memory"),
+    (
+        "VLLMValidationError: This model's maximum context length is 2048 tokens. However, your prompt contains 9000",
+        "not_memory",
+    ),
+    (
+        "triton.runtime.errors.OutOfResources: out of resource: shared memory, Required: 163840, Hardware limit: 1",
+        "not_memory",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), TEXTS, ids=[text[:40] for text, _ in TEXTS])
+def test_a_text_that_names_its_cause_wins_over_its_parents(text: str, expected: FailureClass) -> None:
+    lines = [*up_to("profile"), f"{CORE}{ERROR}{text}", *PARENT]
+    assert classify(lines, 1, None, False, "profile") == (expected, text)
+
+
+@pytest.mark.parametrize(
+    ("phase", "expected"),
+    [
+        ("start", "gpu_busy"),
+        ("weights", "weights_too_big"),
+        ("profile", "no_kv_room"),
+        ("kv_cache", "graph_capture"),
+        ("capture", "graph_capture"),
+        ("tasks", "running"),
+    ],
+)
+@pytest.mark.parametrize(
+    "text", [OOM, "torch.AcceleratorError: CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"]
+)
+def test_memory_that_ends_is_classed_by_how_far_the_log_came(phase: Phase, expected: FailureClass, text: str) -> None:
+    assert failed([*up_to(phase), f"{WORKER}{ERROR}{text}", *PARENT], phase) == expected
+
+
+@pytest.mark.parametrize(
+    ("functions", "expected"),
+    [
+        (["init_device"], "gpu_busy"),
+        (["load_model", "create_weights"], "weights_too_big"),
+        (["determine_available_memory", "profile_run", "_dummy_run"], "no_kv_room"),
+        (["determine_available_memory", "profile_cudagraph_memory", "capture_model"], "graph_capture"),
+        (["initialize_from_config", "initialize_kv_cache"], "no_kv_room"),
+        (["initialize_from_config", "compile_or_warm_up_model", "capture_model", "_dummy_run"], "graph_capture"),
+        (["compile_or_warm_up_model", "_dummy_sampler_run"], "running"),
+        (["compile_or_warm_up_model", "warmup_kernels", "execute_model"], "running"),
+        (["run_busy_loop", "execute_model", "_get_prompt_logprobs_dict"], "running"),
+    ],
+)
+def test_the_innermost_known_frame_decides_before_the_phase(functions: list[str], expected: FailureClass) -> None:
+    assert failed([*up_to("profile"), *traceback(*functions), *PARENT], "profile") == expected
+
+
+def test_another_rank_that_is_further_does_not_mislead() -> None:
+    assert (
+        failed([*up_to("weights"), LOG["profile"], *traceback("load_model"), *PARENT], "profile") == "weights_too_big"
+    )
+
+
+def test_the_collapse_after_the_cause_does_not_replace_it() -> None:
+    lines = [
+        *up_to("kv_cache"),
+        *traceback("initialize_kv_cache"),
+        f"{CORE}{ERROR}Traceback (most recent call last):",
+        "ncclUnhandledCudaError: Call to CUDA function failed.",
+        "Cuda failure 'out of memory'",
+        f"{CORE}{ERROR}RuntimeError: Worker failed with error 'CUDA out of memory. Tried to allocate 1 GiB', please",
+        *PARENT,
+    ]
+    assert classify(lines, 1, None, False, "kv_cache") == ("no_kv_room", OOM)
+
+
+def test_while_running_the_parents_see_only_a_dead_engine() -> None:
+    lines = [*up_to("tasks"), *traceback("run_busy_loop", "execute_model"), *DEAD]
+    assert classify(lines, 1, None, False, "tasks") == ("running", OOM)
+
+
+def test_a_failure_that_the_engine_survived_is_not_the_cause() -> None:
+    lines = [*up_to("profile"), *traceback("determine_available_memory"), LOG["tasks"], "KeyError: 'acc'"]
+    assert classify(lines, 1, None, False, "tasks") == ("not_memory", "KeyError: 'acc' (exit code 1)")
+
+
+def test_of_two_causes_the_last_counts() -> None:
+    assert failed([TEXTS[0][0], NO_ROOM, *PARENT]) == "no_kv_room"
+
+
+# --- how it ended --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("returncode", "signal"), [(None, 9), (137, None)])
+def test_a_sigkill_without_a_traceback_is_the_hosts_memory(returncode: int | None, signal: int | None) -> None:
+    assert classify(up_to("weights"), returncode, signal, False, "weights")[0] == "host_memory"
+    assert classify([*up_to("tasks"), *traceback("execute_model")], returncode, signal, False, "tasks")[0] == "running"
+    assert classify(["ValueError: bad task"], returncode, signal, False, "start")[0] == "not_memory"
+
+
+def test_a_kill_by_the_kernel_explains_a_dead_engine_but_not_a_full_gpu() -> None:
+    failure, message = classify([*up_to("tasks"), *DEAD], 1, None, True, "tasks")
+    assert failure == "host_memory"
+    assert "oom_kill" in message
+    assert classify([*up_to("tasks"), *traceback("execute_model"), *DEAD], 1, None, True, "tasks")[0] == "running"
+
+
+@pytest.mark.parametrize("signal", [15, 2, 1])
+def test_a_signal_from_outside_is_an_interruption(signal: int) -> None:
+    assert classify(up_to("tasks"), None, signal, False, "tasks")[0] == "interrupted"
+
+
+def test_a_segmentation_fault_is_not_of_memory_and_names_itself() -> None:
+    lines = [*up_to("tasks"), "Fatal Python error: Segmentation fault", ""]
+    assert classify(lines, None, 11, False, "tasks") == (
+        "not_memory",
+        "Fatal Python error: Segmentation fault (killed by SIGSEGV)",
+    )
+
+
+def test_an_error_of_ones_own_is_told_rather_than_the_parents_words() -> None:
+    lines = [f"{CORE}{ERROR}ValueError: Unrecognized quantization method: fp7", *PARENT]
+    assert (
+        classify(lines, 1, None, False, "start")[1] == "ValueError: Unrecognized quantization method: fp7 (exit code 1)"
+    )
+    assert "Engine core initialization failed" in classify(PARENT, 1, None, False, "start")[1]
+    assert classify([], 3, None, False, "start") == ("not_memory", "exit code 3, and nothing in the log says why")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "(EngineCore pid=15218) ERROR 11-23 00:25:31 [core.py:1510] ValueError: x",
+        "ERROR 11-23 00:25:31 [core.py:1510] ValueError: x",
+        "(EngineCore pid=15218) ValueError: x",
+        "  ValueError: x\n",
+    ],
+)
+def test_a_message_is_the_line_without_its_prefix(line: str) -> None:
+    assert message_of(line) == "ValueError: x"
+
+
+def test_every_class_of_memory_has_an_answer() -> None:
+    known = patterns()
+    named = {cause.failure for cause in known.causes + known.frames} | set(known.out_of_memory_by_phase.values())
+    assert named - {"not_memory"} <= set(known.answers)
+
+
+# --- what vLLM 0.32.0 wrote (CPU build, real runs; paths shortened) --------------------------------------------------
+
+REAL = Path(__file__).parent / "engine_logs"
+
+
+@pytest.mark.parametrize(
+    ("name", "returncode", "phase", "expected", "message"),
+    [
+        ("kv_below_one_request", 1, "kv_cache", "kv_below_one_request", "ValueError: To serve at least one request"),
+        ("kv_space_of_one_mib", 1, "kv_cache", "no_kv_room", "ValueError: No available memory for the cache blocks"),
+        ("kv_space_above_the_host", 1, "weights", "no_kv_room", "ValueError: Available memory on node 0"),
+        ("engine_core_killed", None, "tasks", "host_memory", "the engine's process was killed without a traceback"),
+    ],
+)
+def test_real_logs(name: str, returncode: int | None, phase: Phase, expected: FailureClass, message: str) -> None:
+    lines = (REAL / f"{name}.log").read_text(encoding="utf-8").splitlines()
+    seen: Phase = "start"
+    for line in lines:
+        seen = phase_after(line, seen)
+    assert seen == phase
+    failure, decided = classify(lines, returncode, None, False, phase)
+    assert failure == expected
+    assert decided.startswith(message)
