@@ -5,17 +5,20 @@ import shlex
 import sys
 
 from snakemake.exceptions import WorkflowError
+from snakemake.resources import Resource
 from snakemake.settings.types import DeploymentMethod
 
 BASE = Path(workflow.basedir)
-sys.path.insert(0, str(BASE / "workflow"))
+sys.path[:0] = [str(BASE / "workflow"), str(BASE / "envs")]
 
+from install import stamp_of
 from reproval import config as configuration
-from reproval import provenance, run_file
+from reproval import folders, provenance, run_file
 from reproval.files import sha256_json
 
 try:
-    CONFIG = configuration.load(config, [Path(name) for name in workflow.configfiles], BASE, Path.cwd())
+    CONFIGFILES = workflow.config_settings.configfiles or workflow.configfiles
+    CONFIG = configuration.load(config, [Path(name) for name in CONFIGFILES], BASE, Path.cwd())
 except configuration.ConfigError as error:
     raise WorkflowError(str(error))
 
@@ -29,7 +32,7 @@ if CONTAINERIZED and CONTAINER is None:
         "without --use-singularity the jobs run in the environment of envs/"
     )
 ENGINE_ENV = "gpu" if CONFIG.hardware.gpus else "cpu"
-ENVIRONMENT = CONTAINER if CONTAINERIZED else configuration.lock_identity(BASE / "envs", ENGINE_ENV)
+ENVIRONMENT = CONTAINER if CONTAINERIZED else "{lock} sha256:{sha256}".format(**stamp_of(ENGINE_ENV))
 ENGINE = "python3" if CONTAINERIZED else shlex.join([str(BASE / "envs" / "python"), ENGINE_ENV])
 CONTROLLER = shlex.quote(sys.executable)
 
@@ -39,7 +42,7 @@ RUNS = {run.name: run for run in configuration.runs(CONFIG, BASE, Path.cwd(), EN
 RUN_FILES = {name: run_file.run_file(run, CONFIG, ENVIRONMENT) for name, run in RUNS.items()}
 SNAPSHOT = run_file.write_snapshot(Path(".snakemake/reproval"), list(RUN_FILES.values()))
 STORE = CONFIG.store
-TIERS = configuration.find(CONFIG.tiers, BASE, Path.cwd())
+TIERS = str(folders.resolve(CONFIG.tiers, Path.cwd(), BASE))
 
 
 # On one machine a GPU serves one job at a time unless --resources gpu=N says that there are more. The scope is local:
@@ -52,14 +55,22 @@ resource_scopes:
 
 
 # Manifest -> the runs it serves. A suite's is named by what its tasks are, a model's by which files it consists of.
-MODELS = {f"{run.model_name}-{sha256_json(run.identity['source'])[:12]}": name for name, run in RUNS.items()}
-SUITES = {
-    f"{suite}-{sha256_json([unit.model_dump() for run in RUNS.values() for unit in run.units if unit.suite == suite])[:12]}": [
-        name for name, run in RUNS.items() if any(unit.suite == suite for unit in run.units)
-    ]
-    for suite in CONFIG.suites
-}
-SUITES = {name: runs for name, runs in SUITES.items() if runs}
+def model_key(run):
+    files = {key: run.identity["model"].get(key) for key in ("hub", "revision", "folder", "trust_remote_code")}
+    return f"{run.model_name}-{sha256_json(files)[:12]}"
+
+
+def suite_keys(run):
+    units = run.identity["units"]
+    suites = {unit["suite"] for unit in units}
+    return {f"{suite}-{sha256_json([unit for unit in units if unit['suite'] == suite])[:12]}" for suite in suites}
+
+
+MODELS = {model_key(run): name for name, run in RUNS.items()}
+SUITES = {}
+for name, run in RUNS.items():
+    for key in suite_keys(run):
+        SUITES.setdefault(key, []).append(name)
 
 
 def any_of(names):
@@ -75,9 +86,10 @@ wildcard_constraints:
 def manifests(wildcards):
     """What has to be in the store before a run's model can be looked at."""
     return {
-        "model": [f"{STORE}/manifests/models/{name}.json" for name, run in MODELS.items() if run == wildcards.run],
-        "tasks": [f"{STORE}/manifests/suites/{name}.json" for name, runs in SUITES.items() if wildcards.run in runs],
+        "model": f"{STORE}/manifests/models/{model_key(RUNS[wildcards.run])}.json",
+        "tasks": [f"{STORE}/manifests/suites/{key}.json" for key in sorted(suite_keys(RUNS[wildcards.run]))],
     }
+
 
 # --- the environment of every job -------------------------------------------------------------------------------------
 

@@ -11,12 +11,12 @@ rule describe:
     # One run out of the configuration: what its jobs are told.
     output:
         "results/runs/{run}/run.json",
-    params:
-        digest=lambda wildcards: sha256_json(RUN_FILES[wildcards.run].model_dump(mode="json")),
     log:
         "logs/describe/{run}.log",
     container:
         None
+    params:
+        digest=lambda wildcards: sha256_json(RUN_FILES[wildcards.run].model_dump(mode="json")),
     shell:
         "{CONTROLLER} -m reproval.run_file --snapshot {SNAPSHOT:q} --run {wildcards.run} --out {output:q} 2> {log:q}"
 
@@ -43,5 +43,7 @@ rule stage_suite:
         STORE + "/manifests/suites/{suite}.json",
     log:
         "logs/stage/suite-{suite}.log",
+    params:
+        suite=lambda wildcards: wildcards.suite.rpartition("-")[0],
     shell:
-        "{ENGINE} -m reproval.stage tasks --suite {wildcards.suite} --runs {input.runs:q} --out {output:q} 2>&1 | tee {log:q}"
+        "{ENGINE} -m reproval.stage tasks --suite {params.suite:q} --runs {input.runs:q} --out {output:q} 2>&1 | tee {log:q}"

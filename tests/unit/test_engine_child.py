@@ -1,0 +1,84 @@
+"""What the engine's child makes of lm-eval's results, and what it is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from examples import engine_settings, run_file
+
+from reproval import engine, evaluate
+from reproval.records import ModelManifest, StoredFile
+
+# Cut from what lm-eval 0.4.13 returned for a group of two tasks.
+RESULTS = {
+    "results": {
+        "mmlu": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "mmlu", "name": "mmlu", "sample_len": 30},
+        "mmlu_a": {"acc,none": 0.25, "acc_stderr,none": "N/A", "alias": " - a", "name": "mmlu_a", "sample_len": 10},
+        "gsm8k": {
+            "alias": "gsm8k",
+            "exact_match,strict-match": 0.75,
+            "exact_match_stderr,strict-match": 0.05,
+            "exact_match,flexible-extract": 0.8,
+            "exact_match_stderr,flexible-extract": 0.04,
+        },
+    },
+    "groups": {"mmlu": {"acc,none": 0.5}},
+    "n-samples": {"mmlu_a": {"original": 100, "effective": 10}, "gsm8k": {"original": 1319, "effective": 1319}},
+    "higher_is_better": {"mmlu": {"acc": True}, "mmlu_a": {"acc": True}, "gsm8k": {"exact_match": True}},
+}
+
+
+def test_every_number_of_lm_eval_is_a_score() -> None:
+    scores = {(score.task, score.metric, score.filter): score for score in engine.scores_of(RESULTS)}
+    assert {key: score.value for key, score in scores.items()} == {
+        ("mmlu", "acc", "none"): 0.5,
+        ("mmlu_a", "acc", "none"): 0.25,
+        ("gsm8k", "exact_match", "strict-match"): 0.75,
+        ("gsm8k", "exact_match", "flexible-extract"): 0.8,
+    }
+    assert scores["mmlu", "acc", "none"].group
+    assert scores["mmlu", "acc", "none"].n == 30
+    assert scores["mmlu_a", "acc", "none"].stderr is None
+    assert scores["mmlu_a", "acc", "none"].n == 10
+    assert scores["gsm8k", "exact_match", "strict-match"].stderr == 0.05
+
+
+def test_no_secret_reaches_the_child() -> None:
+    parent = {"HF_TOKEN": "hf_x", "AWS_SECRET_ACCESS_KEY": "x", "OPENAI_API_KEY": "x", "PATH": "/bin", "LANG": "C"}
+    child = evaluate.child_environment(parent, run_file(batch_invariant=True))
+    assert {"PATH", "LANG"} <= set(child)
+    assert not {"HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY"} & set(child)
+    assert child["HF_HUB_OFFLINE"] == "1"
+    assert child["VLLM_BATCH_INVARIANT"] == "1"
+
+
+def test_the_store_is_checked_before_an_engine_starts(tmp_path: Path) -> None:
+    (tmp_path / "cut.safetensors").write_bytes(b"half")
+    (tmp_path / "whole.json").write_bytes(b"{}")
+    sizes = {"cut.safetensors": 8, "whole.json": 2, "gone.json": 2}
+    files = [StoredFile(path=name, size_bytes=size, sha256="0" * 64) for name, size in sizes.items()]
+    manifest = ModelManifest(model="m", source="local", folder=str(tmp_path), files=files, digest="0" * 64)
+    assert evaluate.missing_files(manifest) == [
+        f"{tmp_path}/cut.safetensors: 4 bytes, staged with 8",
+        f"{tmp_path}/gone.json: missing",
+    ]
+
+
+@pytest.mark.parametrize("name", ["gpu_memory_utilization", "kv_cache_memory_bytes"])
+def test_the_engine_is_told_what_the_plan_chose_and_nothing_that_it_left_open(name: str) -> None:
+    chosen = {"gpu_memory_utilization": 0.6} if name == "gpu_memory_utilization" else {"kv_cache_memory_bytes": 2**30}
+    settings = engine_settings(**({"kv_cache_memory_bytes": None} | chosen))
+    task = engine.ChildTask(
+        run=run_file(),
+        settings=settings,
+        model_folder="m",
+        request_cache="r",
+        score_levers=[],
+        units=[],
+        kept_tokens=0,
+    )
+    arguments = engine.engine_arguments(task)
+    assert {key: arguments[key] for key in chosen} == chosen
+    assert len({"gpu_memory_utilization", "kv_cache_memory_bytes"} & set(arguments)) == 1
+    assert arguments["trust_remote_code"] is False
