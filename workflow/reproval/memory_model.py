@@ -78,9 +78,6 @@ def summarize(tasks: Iterable[TaskFacts]) -> Work:
     """Add up tasks. Prefill counts a prefix that requests share once, as the prefix cache does."""
     tasks = list(tasks)
 
-    def tokens(task: TaskFacts) -> int:
-        return task.context_tokens + task.continuation_tokens + task.generation_tokens
-
     def prefilled(task: TaskFacts) -> int:
         context = min(task.unique_prefix_tokens, task.context_tokens) or task.context_tokens
         return context + task.continuation_tokens
@@ -94,7 +91,7 @@ def summarize(tasks: Iterable[TaskFacts]) -> Work:
         prompt_tokens=sum(task.context_tokens + task.continuation_tokens for task in tasks),
         prefill_tokens=sum(prefilled(task) for task in tasks),
         generated_tokens=sum(task.generation_tokens for task in tasks),
-        largest_task_tokens=max((tokens(task) for task in tasks), default=1),
+        largest_task_tokens=max((prefilled(task) + task.generation_tokens for task in tasks), default=1),
         largest_task_requests=max((task.requests for task in tasks), default=1),
         loglikelihood=any(task.request_type != "generate_until" for task in tasks),
     )

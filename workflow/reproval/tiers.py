@@ -6,20 +6,17 @@ The models below are the one definition of every key; `workflow/schemas/tiers.sc
 
 from __future__ import annotations
 
-import difflib
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from reproval import strictyaml
+from reproval.problems import ConfigError, Problem, dotted, listing, nearest, show
 from reproval.records import Dtype, NeutralLever, ScoreLever
 from reproval.settings import Name, Section
-
-
-class TiersError(Exception):
-    """tiers.yaml cannot be used; the message names the file, the key, and the mend."""
 
 
 class Tier(Section):
@@ -109,7 +106,7 @@ class Tiers(Section):
         for policy, rule in self.policies.items():
             for name in rule.tiers:
                 if name not in names:
-                    raise ValueError(f"policies.{policy}.tiers.{name}: no such tier{nearest(name, names)}")
+                    raise ValueError(f"policies.{policy}.tiers has {name!r}, but the tiers are {listing(names)}")
         return self
 
     def tier_of(self, parameters: int) -> Tier:
@@ -119,43 +116,76 @@ class Tiers(Section):
         )
 
     def policy(self, name: str) -> Policy:
-        """Raises TiersError for a name that the file lacks."""
+        """Raises ConfigError for a name that the file lacks."""
         if name not in self.policies:
-            raise TiersError(f"policy: {name!r} is not in the tiers file{nearest(name, list(self.policies))}")
+            close = nearest(name, self.policies)
+            raise ConfigError(
+                [
+                    Problem(
+                        place="",
+                        key="policy",
+                        found=show(name),
+                        expected=f"one of the policies of the tiers file: {listing(sorted(self.policies))}",
+                        mend=f"did you mean {close}?" if close else "choose one of them, or add it to the tiers file",
+                    )
+                ]
+            )
         return self.policies[name]
 
 
-def nearest(word: str, known: list[str]) -> str:
-    """'; did you mean X?', or the list of what there is."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; it has {', '.join(sorted(known))}"
-
-
 def load_tiers(path: Path) -> Tiers:
-    """Read tiers.yaml. Raises TiersError, which names the file, the key, what was found and the mend."""
+    """Read tiers.yaml. Raises ConfigError with every problem: file and line, key, found, expected and the mend."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise TiersError(f"{path}: cannot be read: {error}") from error
+        document = strictyaml.read(path)
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise ConfigError([Problem(str(path), "", found, "a readable file", "correct `tiers`")]) from error
+    except strictyaml.YamlError as error:
+        place = f"{path}:{error.line}" if error.line else str(path)
+        raise ConfigError([Problem(place, "", error.found, "YAML", error.mend)]) from error
+    problems = [
+        Problem(
+            f"{path}:{twice.lines[1]}",
+            dotted(twice.path),
+            f"the key a second time (first in line {twice.lines[0]})",
+            "every key once",
+            "delete one of the two",
+        )
+        for twice in document.duplicates
+    ]
     try:
-        return Tiers.model_validate(content)
+        tiers = Tiers.model_validate(document.data)
     except ValidationError as error:
-        raise TiersError("\n".join(f"{path}: {line}" for line in _explain(error))) from error
+        problems += [_problem(path, document, dict(each)) for each in error.errors()]
+        raise ConfigError(problems) from error
+    if problems:
+        raise ConfigError(problems)
+    return tiers
 
 
-def _explain(error: ValidationError) -> list[str]:
-    lines = []
-    for problem in error.errors():
-        key = ".".join(map(str, problem["loc"]))
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"{key}: unknown key{nearest(str(problem['loc'][-1]), _keys())}")
-        else:
-            lines.append(f"{key or '(the whole file)'}: {problem['msg']}; found {problem['input']!r:.80}")
-    return lines
+def _problem(path: Path, document: strictyaml.Document, violation: dict[str, Any]) -> Problem:
+    key = tuple(violation["loc"])
+    known = key
+    while known and known not in document.marks:
+        known = known[:-1]
+    place = f"{path}:{document.marks[known].line}" if known else str(path)
+    if violation["type"] == "extra_forbidden":
+        keys = list(_section(key[:-1]).model_fields)
+        close = nearest(str(key[-1]), keys)
+        mend = f"did you mean {close}?" if close else "delete it"
+        return Problem(place, dotted(key), "an unknown key", f"one of {listing(keys)}", mend)
+    return Problem(place, dotted(known), show(violation["input"]), violation["msg"], "correct the value")
 
 
-def _keys() -> list[str]:
-    return [key for part in (Tiers, Tier, Policy, TierRule, Start) for key in part.model_fields]
+def _section(path: tuple[Any, ...]) -> type[BaseModel]:
+    """The model that describes the mapping at a path of tiers.yaml."""
+    if not path:
+        return Tiers
+    if path[0] == "tiers":
+        return Tier
+    if path[-1] == "start":
+        return Start
+    return TierRule if "tiers" in path[2:] else Policy
 
 
 def schema() -> dict[str, Any]:
