@@ -273,7 +273,7 @@ def add_vllm_name(python: str) -> None:
 def alone(name: str) -> Iterator[None]:
     """Keep a second installer of the same environment waiting. Where a file system has no locks, go on without."""
     HOME.mkdir(exist_ok=True)
-    with (HOME / f"{name}.lock").open("w") as stream:
+    with (HOME / f".{name}.flock").open("w") as stream:
         with contextlib.suppress(OSError):
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield
