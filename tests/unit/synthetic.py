@@ -481,7 +481,7 @@ def _write_facts(home: Path, run: str, model: Model, tasks: Sequence[Task]) -> N
                 context_tokens=120 * task.documents,
                 continuation_tokens=4 * task.documents,
                 generation_tokens=32 * task.documents if task.kind == "generation" else 0,
-                longest_request_tokens=310,
+                longest_request_tokens=2310 if model.cut and task.kind == "generation" else 310,
                 lengths={120: task.documents},
                 task_hash=_hash("task", name),
             )

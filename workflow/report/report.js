@@ -83,7 +83,7 @@
     const tools = make("div", { className: "tools" });
     if ("filter" in table.dataset && all.length > 5) {
       const text = new Map(all.map((row) => [row, row.textContent.toLowerCase()]));
-      const input = make("input", { type: "search", placeholder: "Filter, such as mmlu acc" });
+      const input = make("input", { type: "search", placeholder: "Filter by any words" });
       input.setAttribute("aria-label", `Filter: ${table.caption.textContent}`);
       input.setAttribute("aria-controls", table.id);
       input.addEventListener("input", () => {

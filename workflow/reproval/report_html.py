@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from reproval import report_plots, words
 from reproval.report_content import Report
@@ -39,8 +40,19 @@ def shown_scores(report: Report) -> list[dict[str, Any]]:
     return rows[:SCORE_ROWS]
 
 
+def unbroken(text: str, names: list[str]) -> Markup:
+    """Text as HTML in which names of models do not break at their hyphens, unless they are long."""
+    safe = escape(text)
+    for name in sorted((n for n in names if len(n) <= 24), key=len, reverse=True):
+        # Bounded by spaces or commas, so that a name inside a longer one is left alone.
+        pattern = rf"(?<![\w>.-]){re.escape(str(escape(name)))}(?![\w<.-])"
+        safe = Markup(re.sub(pattern, f'<span class="keep">{escape(name)}</span>', safe))
+    return Markup(safe)
+
+
 def render(report: Report) -> str:
     env = environment(autoescape=True)
+    env.filters["unbroken"] = unbroken
     drawn = figures(report)
     return env.get_template("report.html.j2").render(
         report=report,

@@ -21,7 +21,7 @@ from reproval.report_content import Headline, Memory
 from reproval.words import number, phase_name
 
 # CSS pixels, near what the page gives a figure at any width, so that text keeps its size.
-SCORE_WIDTH, MEMORY_WIDTH = 330, 500
+SCORE_WIDTH, MEMORY_WIDTH = 330, 430
 SERIES = 8
 
 # Marks that stand for CSS variables until the figure is written.
@@ -152,31 +152,31 @@ def memory(entry: Memory, name: str) -> str | None:
         return None
     times = np.asarray(entry.curve.t_s)
     with mpl.rc_context(_STYLE):
-        height = 230
+        height = 208
         figure = _figure(MEMORY_WIDTH, height)
-        axes = figure.add_axes((46 / MEMORY_WIDTH, 30 / height, 1 - 58 / MEMORY_WIDTH, 1 - 58 / height))
+        axes = figure.add_axes((46 / MEMORY_WIDTH, 24 / height, 1 - 62 / MEMORY_WIDTH, 1 - 48 / height))
         top = max(max(v) for v in device.values()) / gib
         if entry.predicted_bytes:
             top = max(top, entry.predicted_bytes / gib)
         with_limit = 0 < entry.capacity_bytes / gib < 1.4 * top
-        ceiling = (max(top, entry.capacity_bytes / gib) if with_limit else top) * 1.08
+        ceiling = (max(top, entry.capacity_bytes / gib) if with_limit else top) * 1.13
         end = max(float(times[-1]), 1e-9)
         for index, phase in enumerate(entry.phases):
             if index % 2 == 0:
                 axes.axvspan(phase.begin_s, phase.end_s, color=_BAND, linewidth=0)
             label = _short(phase_name(phase.phase), 16)
-            if (phase.end_s - phase.begin_s) / end * (MEMORY_WIDTH - 58) > 5.8 * len(label) + 4:
+            if (phase.end_s - phase.begin_s) / end * (MEMORY_WIDTH - 62) > 5.8 * len(label) + 4:
                 middle = (phase.begin_s + phase.end_s) / 2
                 axes.text(middle, ceiling * 1.025, label, ha="center", va="bottom", fontsize=9.5, color=_MUTED)
         for index, values in enumerate(device.values()):
             shown = np.asarray(values) / gib
             if index == 0:
-                axes.fill_between(times, shown, color=_SERIES[0], alpha=0.14, linewidth=0)
+                axes.fill_between(times, shown, color=_SERIES[0], alpha=0.11, linewidth=0)
             axes.plot(times, shown, color=_SERIES[0], linewidth=1.8 if index == 0 else 0.9)
         if entry.predicted_bytes:
             at = entry.predicted_bytes / gib
             axes.axhline(at, color=_MARK, linewidth=1.4, dashes=(5, 3))
-            axes.text(end * 0.995, at - 0.012 * ceiling, "predicted", ha="right", va="top", fontsize=10, color=_MARK)
+            axes.text(end * 0.995, at + 0.012 * ceiling, "predicted", ha="right", va="bottom", fontsize=10, color=_MARK)
         if with_limit:
             at = entry.capacity_bytes / gib
             axes.axhline(at, color=_MUTED, linewidth=0.9)
@@ -185,12 +185,12 @@ def memory(entry: Memory, name: str) -> str | None:
         axes.set_ylim(0, ceiling)
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-        axes.tick_params(length=0, pad=5)
+        axes.xaxis.set_major_formatter("{x:g} s")
+        axes.tick_params(length=0, pad=6)
         axes.grid(axis="y", color=_LINE, linewidth=0.7)
         axes.set_axisbelow(True)
         axes.spines["left"].set_visible(False)
         axes.patch.set_visible(False)
-        axes.text(0, -0.155, "seconds", transform=axes.transAxes, ha="left", va="center", fontsize=10, color=_MUTED)
         axes.text(-0.02, 1.02, "GiB", transform=axes.transAxes, ha="right", va="bottom", fontsize=10, color=_MUTED)
         said = f"highest {max(max(v) for v in device.values()) / gib:.2f} GiB"
         if entry.predicted_bytes:

@@ -21,6 +21,17 @@ def environment(autoescape: bool) -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for name in ("number", "p_text", "size", "duration", "parameters", "signed", "setting", "phase_name", "count"):
+    for name in (
+        "number",
+        "p_text",
+        "size",
+        "duration",
+        "parameters",
+        "signed",
+        "setting",
+        "phase_name",
+        "count",
+        "answered",
+    ):
         env.filters[name] = getattr(words, name)
     return env

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from reproval.records import ScoringPath
 from reproval.report_content import Headline, Pair
 
 
@@ -114,3 +115,19 @@ def signed(value: float | None, scale: str) -> str:
 
 def setting(value: object) -> str:
     return "–" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+_PATHS = {
+    "one_token": "one token",
+    "suffix": "suffix rows",
+    "stock": "lm-eval's own request",
+    "second_pass": "asked again",
+    "duplicates": "equal request",
+    "cached": "interrupted run",
+}
+
+
+def answered(paths: ScoringPath) -> str:
+    """How the requests of a task were answered: only the ways that were used."""
+    used = [f"{getattr(paths, name):,} {label}" for name, label in _PATHS.items() if getattr(paths, name)]
+    return ", ".join(used) or "–"
