@@ -22,6 +22,8 @@ from reproval.requests import (
     PlannedRequest,
     Read,
     Span,
+    arrange,
+    computed_tokens,
     cut_left,
     plan,
     reads_is_greedy,
@@ -48,7 +50,7 @@ class Engine:
         self.block = block
         self.cached: set[tuple[int, ...]] = set()
 
-    def answer(self, request: PlannedRequest, read: Read, tops: bool = True) -> Answer | None:
+    def answer(self, request: PlannedRequest, read: Read) -> Answer | None:
         prompt = request.prompt.tolist()
         hit = 0
         while self.block and hit + self.block < len(prompt) and tuple(prompt[: hit + self.block]) in self.cached:
@@ -67,12 +69,12 @@ class Engine:
             ]
         ).reshape(ids.shape)
         final = [truth(prompt, token) for token in request.final]
-        return Answer(rows, np.zeros(len(rows)) if tops else None, final, 0.0)
+        return Answer(rows, None, final, 0.0)
 
 
 def solve(spans: dict[int, Span], read: Read, block: int, width: int = 20) -> tuple[dict[int, float], int]:
     """Results of all spans, and how many requests it took."""
-    requests = plan(spans, read, block, width)
+    requests = plan(spans, arrange(spans), read, block, width)
     engine = Engine(block)
     pending = {index: Pending.of(one) for index, one in spans.items()}
     for request in requests:
@@ -95,7 +97,7 @@ small = st.lists(st.integers(0, 2), min_size=1, max_size=9)
 @settings(max_examples=400, deadline=None)
 @given(
     pairs=st.lists(st.tuples(small, small), min_size=1, max_size=12),
-    read=st.sampled_from(["token_ids", "prompt_logprobs"]),
+    read=st.sampled_from(["token_ids", "mixed", "prompt_logprobs"]),
     block=st.sampled_from([0, 1, 4]),
     width=st.sampled_from([1, 2, 20]),
 )
@@ -110,10 +112,10 @@ def test_every_span_gets_its_value_in_one_pass(
         assert results[index] == pytest.approx(expected(one), abs=1e-9)
 
 
-@pytest.mark.parametrize("read", ["token_ids", "prompt_logprobs"])
+@pytest.mark.parametrize("read", ["token_ids", "mixed", "prompt_logprobs"])
 def test_choices_of_one_token_are_one_request_without_prompt_rows(read: Read) -> None:
     spans = {index: span([1, 2, 3], [letter]) for index, letter in enumerate([7, 8, 9, 10])}
-    requests = plan(spans, read, BLOCK, 20)
+    requests = plan(spans, arrange(spans), read, BLOCK, 20)
     assert len(requests) == 1
     assert requests[0].rows == 0
     assert sorted(requests[0].final) == [7, 8, 9, 10]
@@ -123,9 +125,24 @@ def test_choices_of_one_token_are_one_request_without_prompt_rows(read: Read) ->
 def test_long_choices_are_one_request_each_even_at_a_block_boundary() -> None:
     spans = {index: span([1] * BLOCK, [letter, 3, 4, 5]) for index, letter in enumerate([7, 8, 9, 10])}
     assert solve(spans, "token_ids", BLOCK)[1] == 4
+    assert solve(spans, "mixed", BLOCK)[1] == 4
     # With prompt_logprobs one more request gives all first tokens at the boundary.
     assert solve(spans, "prompt_logprobs", BLOCK)[1] == 5
     assert solve({i: span([1] * 5, s.tokens.tolist()[4:]) for i, s in spans.items()}, "prompt_logprobs", BLOCK)[1] == 4
+
+
+def test_only_requests_at_a_block_boundary_answer_for_others_when_mixed() -> None:
+    for context, answering in ([1] * BLOCK, 1), ([1] * (BLOCK + 1), 0):
+        spans = {index: span(context, [letter, 3, 4, 5]) for index, letter in enumerate([7, 8, 9, 10])}
+        requests = plan(spans, arrange(spans), "mixed", BLOCK, 20)
+        assert sum(bool(request.others) for request in requests) == answering
+
+
+def test_computed_tokens_leaves_out_what_the_cache_gives() -> None:
+    spans = {index: span([1] * 10, [letter, 3, 4]) for index, letter in enumerate([7, 8])}
+    # Prompts of 12 tokens; the second finds two blocks of 4.
+    assert computed_tokens(spans, arrange(spans), 4) == (12 + 4) / 2
+    assert computed_tokens(spans, arrange(spans), 0) == 12
 
 
 def test_a_choice_that_begins_another_needs_no_request_of_its_own() -> None:
@@ -137,14 +154,15 @@ def test_a_choice_that_begins_another_needs_no_request_of_its_own() -> None:
 
 def test_more_choices_than_the_engine_takes_at_one_position_are_split() -> None:
     spans = {index: span([1, 2, 3], [index]) for index in range(300)}
-    requests = plan(spans, "token_ids", BLOCK, 20)
+    requests = plan(spans, arrange(spans), "token_ids", BLOCK, 20)
     assert [len(request.final) for request in requests] == [128, 128, 44]
     results, _ = solve(spans, "token_ids", BLOCK)
     assert results == {index: expected(one) for index, one in spans.items()}
 
 
 def test_only_rows_of_the_continuation_are_asked_for() -> None:
-    requests = plan({0: span([1] * 500, [2, 3, 4])}, "token_ids", 16, 20)
+    spans = {0: span([1] * 500, [2, 3, 4])}
+    requests = plan(spans, arrange(spans), "token_ids", 16, 20)
     assert len(requests[0].prompt) == 502
     assert requests[0].start == 499
     assert requests[0].row_ids().tolist() == [[2], [3]]
@@ -175,7 +193,7 @@ def test_is_greedy_needs_every_token_on_top(values: list[float], tops: list[floa
 
 def test_a_token_that_is_not_on_top_decides_although_others_are_unknown() -> None:
     one = span([1, 2], [3, 4])
-    (request,) = plan({0: one}, "token_ids", BLOCK, 20)
+    (request,) = plan({0: one}, arrange({0: one}), "token_ids", BLOCK, 20)
     pending = Pending.of(one)
     for part in request.slices:
         pending.fill(request, part, Answer(np.array([[-1.0]]), None, [-5.0], -0.1))

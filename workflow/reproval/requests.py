@@ -22,7 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 Tokens = NDArray[np.int32]
-Read = Literal["token_ids", "prompt_logprobs"]
+Read = Literal["token_ids", "mixed", "prompt_logprobs"]
+"""How prompt rows are read.
+
+"token_ids": a row gives any ids (vLLM's prompt_logprob_token_ids). Costs a pass over the output weights per request.
+"prompt_logprobs": a row gives the prompt's own next token, and the most likely one if wanted. Costs logits for every
+token that is computed.
+"mixed": the second, and the first for requests that answer for others at a block boundary.
+"""
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
@@ -134,22 +141,46 @@ def whole_request(index: Hashable, span: Span) -> PlannedRequest:
     return request
 
 
-def plan(spans: Mapping[K, Span], read: Read, block_size: int, row_width: int) -> list[PlannedRequest]:
+def arrange(spans: Mapping[K, Span]) -> list[tuple[K, int]]:
+    """The spans in the order in which to ask for them, each with the tokens that its prompt shares with earlier ones.
+
+    Sorted by prompt (all tokens but the last), so that the prompt before a prompt shares most with it. Longest first
+    among prompts that begin alike, so that a short one needs no request of its own.
+    """
+    order = sorted(spans, key=lambda key: sort_key(spans[key].tokens[:-1]), reverse=True)
+    arranged = []
+    previous: Tokens = np.empty(0, dtype=np.int32)
+    for key in order:
+        prompt = spans[key].tokens[:-1]
+        arranged.append((key, common_prefix(previous, prompt)))
+        previous = prompt
+    return arranged
+
+
+def computed_tokens(spans: Mapping[K, Span], arranged: Sequence[tuple[K, int]], block_size: int) -> float:
+    """Tokens that the engine has to compute for a request, on average, once shared blocks come from the cache."""
+    new = [
+        len(spans[key].tokens) - 1 - (shared - shared % block_size if block_size else 0)
+        for key, shared in arranged
+        if shared < len(spans[key].tokens) - 1
+    ]
+    return sum(new) / len(new) if new else 0.0
+
+
+def plan(
+    spans: Mapping[K, Span], arranged: Sequence[tuple[K, int]], read: Read, block_size: int, row_width: int
+) -> list[PlannedRequest]:
     """Requests that answer every span, in the order in which they should be sent.
 
-    `read` says what a prompt row can give: "token_ids" any ids (up to `row_width`), "prompt_logprobs" only the
-    prompt's own next token (and the most likely one). `block_size` is the prefix cache's, 0 without one: a request
+    `row_width` is the most ids that one row can give. `block_size` is the prefix cache's, 0 without one: a request
     whose path leaves an earlier one at a multiple of it may find the branching row already cached, and then the row
     is not computed again.
     """
-    # Longest first among paths that start alike, so that a short path needs no request of its own.
-    order = sorted(spans, key=lambda index: sort_key(spans[index].tokens[:-1]), reverse=True)
     requests: list[PlannedRequest] = []
     # Answers at nodes where paths part, by request that reached the node first and number of tokens.
     places: dict[tuple[int, int], dict[int, _Place]] = {}
     extra: dict[tuple[int, int], PlannedRequest] = {}
     stack: list[_Segment] = []
-    previous: Tokens = np.empty(0, dtype=np.int32)
 
     def at_end(owner: PlannedRequest, depth: int, token: int) -> _Place:
         """Answer at the generated position: of the owner if it ends here, else of a request made for this node."""
@@ -168,15 +199,19 @@ def plan(spans: Mapping[K, Span], read: Read, block_size: int, row_width: int) -
         if token in known:
             return known[token]
         row = depth - 1
+        own_row = own is not None and depth == branch and (block_size == 0 or depth % block_size != 0)
+        others = owner.others.get(row, [])
         if depth == len(owner.prompt):
             found = at_end(owner, depth, token)
         elif token == owner.prompt[depth]:
             found = _Place(owner, row, 0)
-        elif read == "token_ids" and len(owner.others.get(row, ())) + 1 < row_width:
-            others = owner.others.setdefault(row, [])
+        elif own is not None and own_row and read != "token_ids":
+            found = _Place(own, row, 0)
+        elif read != "prompt_logprobs" and len(others) + 1 < row_width:
             others.append(token)
+            owner.others[row] = others
             found = _Place(owner, row, len(others))
-        elif own is not None and depth == branch and (block_size == 0 or depth % block_size):
+        elif own is not None and own_row:
             found = _Place(own, row, 0)
         else:
             found = at_end(owner, depth, token)
@@ -189,11 +224,9 @@ def plan(spans: Mapping[K, Span], read: Read, block_size: int, row_width: int) -
             request.start = min(request.start, row)
         request.slices.append(Slice(index, at, row, length, column))
 
-    for index in order:
+    for index, shared in arranged:
         tokens, first = spans[index]
         prompt = tokens[:-1]
-        shared = common_prefix(previous, prompt)
-        previous = prompt
         while stack and stack[-1].begin > shared:
             stack.pop()
         if stack:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -30,12 +31,16 @@ from reproval.records import ScoringPath
 from reproval.request_cache import RequestCache, request_digest
 from reproval.requests import (
     FINAL,
+    MAX_FINAL_IDS,
     Answer,
     Pending,
     PlannedRequest,
     Read,
     Span,
+    T,
     Tokens,
+    arrange,
+    computed_tokens,
     cut_left,
     plan,
     sort_key,
@@ -54,6 +59,12 @@ Result = tuple[float, bool | None]
 
 DEFAULT_SUBMIT_BATCH = 2048
 ATTEMPTS = 3
+FEW_TOKENS = 64
+"""Computed tokens per request up to which logits for all of them cost less than a pass over the output weights.
+
+A pass costs 2 bytes x vocabulary x hidden size of memory traffic and a dozen kernel launches: 0.2 to 0.6 ms from 0.1B
+to 32B. Logits of one more token cost 2 to 6 microseconds, most of it on the host (docs/scoring.md).
+"""
 GREEDY_TEMPERATURE = 1e-5
 """vLLM's own limit below which sampling is greedy."""
 
@@ -113,6 +124,19 @@ class _Progress:
         self._bar.close()
 
 
+def _by_token_ids(request: PlannedRequest, read: Read | None) -> bool:
+    return read == "token_ids" or (read == "mixed" and bool(request.others))
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, each made in a thread while the one before it is used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
+
+
 @register_model("reproval-vllm")
 class ReprovalVLLM(VLLM):  # type: ignore[misc]
     """lm-eval's vLLM model, at the cost that loglikelihood should have.
@@ -154,7 +178,7 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
         self.on_progress = on_progress
         self.greedy_unread = {greedy_unread} if isinstance(greedy_unread, str) else set(greedy_unread)
         self.scoring: Scoring = scoring if self.data_parallel_size <= 1 else "stock"
-        self._cache = None if cache_key is None else RequestCache(Path(str(request_cache)), cache_key)
+        self.request_cache = None if cache_key is None else RequestCache(Path(str(request_cache)), cache_key)
         self._ids = count()
         self._counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._stock_tasks: list[str] = []
@@ -175,8 +199,11 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
         cache = self._engine_config.cache_config
         return int(cache.block_size) if cache.enable_prefix_caching else 0
 
-    def _read(self, greedy: bool) -> Read | None:
-        """How to read prompt rows; None where only lm-eval's own request is sure to be right."""
+    def _read(self, greedy: bool, tokens: float) -> Read | None:
+        """How to read prompt rows of requests for which so many tokens have to be computed on average.
+
+        None where only lm-eval's own request is sure to be right.
+        """
         config = self._engine_config
         model = config.model_config
         if (
@@ -187,9 +214,9 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
         ):
             return None
         if self._v2:
-            if self.scoring == "auto":
-                return "prompt_logprobs" if greedy else "token_ids"
-            return "prompt_logprobs" if greedy else cast("Read", self.scoring)
+            if greedy or self.scoring == "prompt_logprobs":
+                return "prompt_logprobs" if greedy else "mixed"
+            return "token_ids" if self.scoring == "token_ids" or tokens > FEW_TOKENS else "mixed"
         # The V1 runner leaves rows before a prefix hit unwritten. Where the hit ended is known, unless the request was
         # preempted and went on from another one. `_run` prevents that by counting KV blocks, which it can do only
         # where every layer keeps every token.
@@ -239,13 +266,13 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
                         room += job.blocks
                         if (more := job.finish(output)) is not None:
                             first.append(more)
-                if self._cache is not None:
-                    self._cache.flush()
+                if self.request_cache is not None:
+                    self.request_cache.flush()
         finally:
             if running:
                 engine.abort_request(list(running))
-            if self._cache is not None:
-                self._cache.flush()
+            if self.request_cache is not None:
+                self.request_cache.flush()
 
     # --- loglikelihood -----------------------------------------------------------------------------------------------
 
@@ -255,21 +282,22 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
             self._stock_tasks = [request.task_name or "" for request in requests]
             return cast("list[Result]", super().loglikelihood(requests, disable_tqdm=disable_tqdm))
 
-        def items() -> Iterator[_Item]:
-            numbered = enumerate(requests)
-            for window in windows(numbered, self.submit_batch):
-                encoded = self._encode_pairs([request.args for _, request in window])
-                for (position, request), (context, continuation) in zip(window, encoded, strict=True):
-                    yield _Item(position, request.task_name or "", request.args, context, continuation)
+        def encode(window: list[tuple[int, Instance]]) -> list[_Item]:
+            encoded = self._encode_pairs([request.args for _, request in window])
+            return [
+                _Item(position, request.task_name or "", request.args, context, continuation)
+                for (position, request), (context, continuation) in zip(window, encoded, strict=True)
+            ]
 
-        return self._score(items(), len(requests), disable_tqdm)
+        numbered = windows(enumerate(requests), self.submit_batch)
+        return self._score(_ahead(map(encode, numbered)), len(requests), disable_tqdm)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[Result]:
         if self.scoring != "stock":
             items = (_Item(position, "", *request) for position, request in enumerate(requests))
-            return self._score(items, len(requests), disable_tqdm)
+            return self._score(windows(items, self.submit_batch), len(requests), disable_tqdm)
         for task, (_, context, continuation) in zip(self._stock_tasks, requests, strict=False):
             self._counts[task].update(requests=1, stock=1)
             self._counts[task]["cut"] += len(context) + len(continuation) > self.max_length - 1
@@ -300,7 +328,9 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
         unique = [text for text in dict.fromkeys(texts) if text]
         return {"": [], **dict(zip(unique, self.tok_encode(unique), strict=True))}
 
-    def _score(self, items: Iterator[_Item], total: int, quiet: bool, read_greedy: bool = True) -> list[Result]:
+    def _score(
+        self, item_windows: Iterator[list[_Item]], total: int, quiet: bool, read_greedy: bool = True
+    ) -> list[Result]:
         """Results of all items, by position."""
         if self._block_size:
             # What earlier calls left in the prefix cache could hide rows that are wanted now.
@@ -318,14 +348,14 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
         def done(wanted: _Wanted) -> None:
             result = wanted.pending.result()
             answered[wanted.key] = result
-            if self._cache is not None:
-                self._cache.put(wanted.digest, list(result))
+            if self.request_cache is not None:
+                self.request_cache.put(wanted.digest, list(result))
             for item in wanted.items:
                 give(item, result)
 
         def jobs() -> Iterator[_Job]:
             waiting: dict[bytes, _Wanted] = {}
-            for window in windows(items, self.submit_batch):
+            for window in item_windows:
                 spans: dict[bool, dict[bytes, Span]] = {True: {}, False: {}}
                 waiting = {key: wanted for key, wanted in waiting.items() if wanted.pending.missing}
                 for item in window:
@@ -338,8 +368,8 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
                         continue
                     if first < 1:
                         raise ValueError(
-                            f"task {item.task}: a continuation of {len(item.continuation)} tokens fills max_model_len="
-                            f"{self.max_length} and leaves no token to condition on; raise max_model_len"
+                            f"task {item.task}: a continuation of {len(item.continuation)} tokens has no token before "
+                            f"it to condition on: {len(item.context)} of context, max_model_len={self.max_length}"
                         )
                     span = Span(np.array(tokens, dtype=np.int32), first)
                     digest = self._digest("loglikelihood", first.to_bytes(4, "little"), span.tokens.tobytes())
@@ -367,10 +397,10 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
         return [results[position] for position in range(len(results))]
 
     def _digest(self, kind: str, *parts: bytes) -> bytes:
-        return request_digest(kind, *parts) if self._cache is None else self._cache.digest(kind, *parts)
+        return request_digest(kind, *parts) if self.request_cache is None else self.request_cache.digest(kind, *parts)
 
     def _kept(self, digest: bytes) -> Any:
-        return None if self._cache is None else self._cache.get(digest)
+        return None if self.request_cache is None else self.request_cache.get(digest)
 
     def _jobs(
         self,
@@ -380,12 +410,14 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
         done: Callable[[_Wanted], None],
     ) -> Iterator[_Job]:
         """Engine requests for the spans of one window."""
-        read = self._read(greedy)
+        arranged = arrange(spans)
+        read = self._read(greedy, computed_tokens(spans, arranged, self._block_size))
         if read is None:
-            requests = [whole_request(key, span) for key, span in spans.items()]
+            requests = [whole_request(key, spans[key]) for key, _ in arranged]
             suffix = set(spans)
         else:
-            requests = plan(spans, read, self._block_size, self._engine_config.model_config.max_logprobs)
+            most = self._engine_config.model_config.max_logprobs
+            requests = plan(spans, arranged, read, self._block_size, MAX_FINAL_IDS if most < 0 else most)
             suffix = {part.span for request in requests for part in request.slices if part.row != FINAL}
         for key in spans:
             path = "one_token" if key not in suffix else "suffix" if read else "stock"
@@ -421,7 +453,7 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
     def _params(request: PlannedRequest, read: Read | None, greedy: bool, fresh: bool) -> SamplingParams:
         """`fresh`: leave the prefix cache unread, so that every prompt row is computed."""
         rows: dict[str, Any] = {}
-        if request.rows and read == "token_ids":
+        if request.rows and _by_token_ids(request, read):
             rows = {"prompt_logprob_token_ids": request.row_ids(), "prompt_logprob_start": request.start}
         elif request.rows:
             rows = {"prompt_logprobs": int(greedy)}
@@ -442,7 +474,7 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
         """The values of an output; None if prompt rows that were asked for were not computed."""
         values: NDArray[np.float64] = np.empty((0, 1))
         tops = None
-        if request.rows and read == "token_ids":
+        if request.rows and _by_token_ids(request, read):
             if output.prompt_token_id_logprobs is None:
                 return None
             values = output.prompt_token_id_logprobs.astype(np.float64)
@@ -484,7 +516,8 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
                     last = number == len(pairs)
                     yield _Item(len(owners) - 1, request.task_name or "", None, context, continuation, last)
 
-        results = self._score(items(), len(requests), disable_tqdm, read_greedy=False)
+        rolled = windows(items(), self.submit_batch)
+        results = self._score(rolled, len(requests), disable_tqdm, read_greedy=False)
         sums: list[float] = [0] * len(requests)
         for index, (value, _) in zip(owners, results, strict=True):
             sums[index] += value
@@ -518,8 +551,8 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
         def job(digest: bytes, prompt: list[int], params: SamplingParams) -> _Job:
             def finish(output: RequestOutput) -> None:
                 raw = answered[digest] = output.outputs[0].text
-                if self._cache is not None:
-                    self._cache.put(digest, raw)
+                if self.request_cache is not None:
+                    self.request_cache.put(digest, raw)
                 for position, request, shown in waiting.pop(digest):
                     give(position, request, shown, raw)
 
