@@ -144,7 +144,11 @@ def test_text_inside_braces_of_the_command_line_gets_its_type(workdir: Path) -> 
     assert config.seed == 7
 
 
-def test_json_configfile_is_read_as_snakemake_reads_it(workdir: Path) -> None:
+@pytest.mark.parametrize("loader", ["CSafeLoader", "SafeLoader"])
+def test_json_configfile_is_read_as_snakemake_reads_it(
+    loader: str, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reproval.strictyaml._Loader", getattr(yaml, loader, yaml.SafeLoader))
     good = json.dumps(yaml.safe_load(GOOD), indent="\t")
     (workdir / "config.json").write_text(good)
     assert load(json.loads(good), [Path("config.json")], ROOT, workdir).models["own"].path == "models/good"
@@ -318,7 +322,7 @@ def replaced(data: Any, draw: Callable[[Any], Any], value: Any) -> Any:
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_nothing_but_a_config_error_is_raised(workdir: Path, data: st.DataObject) -> None:
     merged = replaced(WHOLE, data.draw, data.draw(ANYTHING))
     problems: tuple[Problem, ...] = ()
@@ -331,7 +335,7 @@ def test_nothing_but_a_config_error_is_raised(workdir: Path, data: st.DataObject
 
 
 @given(model=st.text(max_size=80), suite=st.text(max_size=80), task=st.text(max_size=150))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_no_name_leaves_its_folder(workdir: Path, model: str, suite: str, task: str) -> None:
     data = {"models": {model: {"path": "models/good"}}, "suites": {suite: {"tasks": [task]}}}
     try:
@@ -483,7 +487,9 @@ def test_name_follows_task_files_and_weights_but_not_their_place(tmp_path: Path)
     first = name(one)
     assert name(two) == first
     (two / "tasks" / "__pycache__").mkdir()
-    (two / "tasks" / "__pycache__" / "x.pyc").write_bytes(b"1")
+    (two / "tasks" / "__pycache__" / "notes").write_bytes(b"1")
+    (two / "tasks" / "utils.pyc").write_bytes(b"1")
+    (two / "tasks" / ".x.yaml.swp").write_bytes(b"1")
     (two / "model" / ".cache").mkdir()
     (two / "model" / ".cache" / "lock").write_text("")
     assert name(two) == first

@@ -10,12 +10,10 @@ By hand:
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,19 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from reproval import checks
+from reproval.config_schema import (
+    WORDS,
+    branches,
+    choices_of,
+    describe,
+    fits,
+    keys_of,
+    keys_text,
+    required_of,
+    schema,
+    schema_at,
+    schema_text,
+)
 from reproval.files import sha256_json
 from reproval.folders import model_digest, resolve, tree_digest
 from reproval.problems import (
@@ -66,13 +77,6 @@ ELSEWHERE = {
     "results": "delete it: results go to the folder results; snakemake --directory moves them all",
 }
 
-WORDS = {
-    "revision": "a commit, 40 hex digits",
-    "limit": "a number of documents, or a fraction below 1",
-    "hub": "the id of a model on huggingface.co, such as Qwen/Qwen3-4B",
-    "compute_capability": 'text such as "9.0"',
-    "sif_sha256": "64 hexadecimal digits, as sha256sum prints them",
-}
 NAME_WORDS = "a name of letters, digits and . _ -, which begins with a letter or digit and has at most 64 characters"
 
 
@@ -234,7 +238,7 @@ def _shape(report: Report) -> None:
             report.add(
                 path,
                 found="nothing",
-                expected=_describe(_schema_at(path)),
+                expected=describe(schema_at(path)),
                 mend=f"add {path[-1]}:",
                 reads=[path],
                 fault=True,
@@ -243,7 +247,7 @@ def _shape(report: Report) -> None:
             _name(report, path)
         else:
             value = lookup(report.merged, path)
-            expected = WORDS.get(str(path[-1])) or _describe(_schema_at(path))
+            expected = WORDS.get(str(path[-1])) or describe(schema_at(path))
             report.add(
                 path,
                 found=show(value),
@@ -270,7 +274,7 @@ def _generations(merged: Mapping[Any, Any]) -> Iterator[KeyPath]:
 
 def _unknown(report: Report, path: KeyPath) -> None:
     key, parent = str(path[-1]), path[:-1]
-    keys = _keys(_schema_at(parent))
+    keys = keys_of(schema_at(parent))
     near = nearest(key, keys)
     home = _home(key)
     if key in ELSEWHERE:
@@ -318,136 +322,29 @@ def _name(report: Report, path: KeyPath) -> None:
 
 def _mend(path: KeyPath, value: Any, expected: str, written: str | None) -> str:
     """How to make a value fit its schema, which `expected` gives in words. Every value that it proposes fits."""
-    branches = list(_branches(_schema_at(path)))
+    allowed = list(branches(schema_at(path)))
     if value in (None, "", [], {}):
-        required = path[-1] in _required(_schema_at(path[:-1])) or isinstance(path[-1], int)
+        required = path[-1] in required_of(schema_at(path[:-1])) or isinstance(path[-1], int)
         return "give it a value" + ("" if required else ", or delete the line")
     if isinstance(value, str):
         reading = _reading(value)
-        if reading != value and any(_fits(reading, branch) for branch in branches):
+        if reading != value and any(fits(reading, branch) for branch in allowed):
             return f"write {json.dumps(reading)} without quotes"
-        choices = [str(choice) for branch in branches for choice in _choices(branch)]
+        choices = [str(choice) for branch in allowed for choice in choices_of(branch)]
         if near := nearest(value, choices, cutoff=0.5):
             return f"write {near}"
-        if any(branch.get("type") == "array" for branch in branches) and value:
+        if any(branch.get("type") == "array" for branch in allowed) and value:
             return f"write a list: [{value}]"
         if path[-1] == "hub" and value.startswith((".", "/", "~")):
             return f"write path: {value} for a local folder"
         if path[-1] == "hub" and "huggingface.co/" in value:
             return f"write {value.partition('huggingface.co/')[2].strip('/')}"
     text = written if written is not None else str(value)
-    if not isinstance(value, str | dict | list) and any(_fits(text, branch) for branch in branches):
+    if not isinstance(value, str | dict | list) and any(fits(text, branch) for branch in allowed):
         return f'write it in quotes: "{text}"'
-    if isinstance(value, float) and value.is_integer() and any(_fits(int(value), branch) for branch in branches):
+    if isinstance(value, float) and value.is_integer() and any(fits(int(value), branch) for branch in allowed):
         return f"write {int(value)}"
     return f"write {expected}"
-
-
-# --- the schema -----------------------------------------------------------------------------------------------------
-
-
-@cache
-def schema() -> dict[str, Any]:
-    """The JSON Schema of config.yaml, made from the models of settings.py."""
-    made = Config.model_json_schema()
-    made["$defs"]["Generation"] = Generation.model_json_schema()
-    for section in ("SuiteConfig", "TaskEntry"):
-        made["$defs"][section]["properties"]["generation"]["anyOf"][0] = {"$ref": "#/$defs/Generation"}
-    for name in ("models", "suites"):
-        # Without this JSON Schema would let names through that break the pattern.
-        made["properties"][name]["additionalProperties"] = False
-    made["properties"]["hardware"].pop("default")
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_untitled(made)}
-
-
-def _untitled(value: Any) -> Any:
-    """Without pydantic's titles, which repeat the keys."""
-    if isinstance(value, dict):
-        return {key: _untitled(entry) for key, entry in value.items() if key != "title"}
-    return [_untitled(entry) for entry in value] if isinstance(value, list) else value
-
-
-def _branches(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The alternatives of a schema, references followed, null last."""
-    if "$ref" in entry:
-        yield from _branches(schema()["$defs"][entry["$ref"].rpartition("/")[2]])
-    elif "anyOf" in entry:
-        for branch in entry["anyOf"]:
-            yield from _branches(branch)
-    else:
-        yield entry
-
-
-def _schema_at(path: KeyPath) -> dict[str, Any]:
-    """The schema of the value at a path; empty for a path that it does not know."""
-    entry = schema()
-    for part in path:
-        entry = next((below for branch in _branches(entry) if (below := _below(branch, part))), {})
-    return entry
-
-
-def _below(branch: dict[str, Any], part: Any) -> dict[str, Any] | None:
-    if branch.get("type") == "array":
-        return branch.get("items")
-    known = branch.get("properties", {}).get(part)
-    return known or next(iter(branch.get("patternProperties", {}).values()), None)
-
-
-def _keys(entry: dict[str, Any]) -> list[str]:
-    return [key for branch in _branches(entry) for key in branch.get("properties", {})]
-
-
-def _required(entry: dict[str, Any]) -> list[str]:
-    return [key for branch in _branches(entry) for key in branch.get("required", [])]
-
-
-def _choices(branch: dict[str, Any]) -> list[Any]:
-    return list(branch.get("enum", [branch["const"]] if "const" in branch else []))
-
-
-def _fits(value: Any, branch: dict[str, Any]) -> bool:
-    """Whether a scalar satisfies one branch of the schema."""
-    kinds: dict[str, Any] = {"string": str, "integer": int, "number": int | float, "boolean": bool}
-    kind = kinds.get(branch.get("type", ""))
-    if kind is None or not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-        return False
-    if isinstance(value, str):
-        choices = _choices(branch)
-        return bool(re.search(branch.get("pattern", ""), value)) and (not choices or value in choices)
-    return (
-        branch.get("minimum", value) <= value <= branch.get("maximum", value)
-        and ("exclusiveMinimum" not in branch or value > branch["exclusiveMinimum"])
-        and ("exclusiveMaximum" not in branch or value < branch["exclusiveMaximum"])
-    )
-
-
-def _describe(entry: dict[str, Any]) -> str:
-    """A schema in words. Null is not offered: leaving the key out says the same."""
-    choices = [str(choice) for branch in _branches(entry) for choice in _choices(branch)]
-    words = [f"one of {', '.join(choices)}"] if choices else []
-    words += [
-        text for branch in _branches(entry) if not _choices(branch) and (text := _describe_branch(branch)) is not None
-    ]
-    return " or ".join(dict.fromkeys(words)) or "another value"
-
-
-def _describe_branch(branch: dict[str, Any]) -> str | None:
-    kind = branch.get("type")
-    if kind in ("integer", "number"):
-        words = "a whole number" if kind == "integer" else "a number"
-        if "minimum" in branch and "maximum" in branch:
-            return f"{words} from {branch['minimum']} to {branch['maximum']}"
-        bounds = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most"}
-        limits = ", ".join(f"{text} {branch[key]}" for key, text in bounds.items() if key in branch)
-        return f"{words} {limits}" if limits else words
-    if kind == "array":
-        inner = ["mappings" if item.get("type") == "object" else _describe(item) for item in _branches(branch["items"])]
-        return f"a list of {' or '.join(inner)}" + (", at least one" if branch.get("minItems") else "")
-    if kind == "object":
-        if "patternProperties" in branch:
-            return "a mapping of at least one name to its settings"
-        return f"a mapping of the keys {listing(branch.get('properties', {}), 30)}"
-    return {"boolean": "true or false", "string": "text"}.get(str(kind))
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -547,45 +444,6 @@ def _unit_settings(suite: SuiteConfig, entry: str | TaskEntry) -> TaskSettings:
 
 
 # --- by hand --------------------------------------------------------------------------------------------------------
-
-
-def schema_text() -> str:
-    """workflow/schemas/config.schema.yaml."""
-    heading = "# Made from workflow/reproval/settings.py by `python -m reproval.config schema`; do not edit.\n"
-    return heading + yaml.safe_dump(copy.deepcopy(schema()), sort_keys=False, allow_unicode=True, width=118)
-
-
-def keys_text() -> str:
-    """Tables of all keys in Markdown, for config/README.md."""
-    sections = [
-        ("Top level", "Config"),
-        ("`models: NAME:`", "ModelConfig"),
-        ("`suites: NAME:`", "SuiteConfig"),
-        ("an entry of `tasks:`", "TaskEntry"),
-        ("`generation:`", "Generation"),
-        ("`hardware:`", "HardwareConfig"),
-        ("`container:`", "ContainerConfig"),
-    ]
-    parts = []
-    for heading, name in sections:
-        section = schema() if name == "Config" else schema()["$defs"][name]
-        text = section["description"].split("\n")[0] if name != "Config" else ""
-        rows = [_row(key, entry, key in section.get("required", [])) for key, entry in section["properties"].items()]
-        table = ["| key | value | default | meaning |", "|---|---|---|---|", *rows]
-        parts.append("\n".join([f"### {heading}", "", *([text, ""] if text else []), *table]))
-    return "\n\n".join(parts) + "\n"
-
-
-def _row(key: str, entry: dict[str, Any], required: bool) -> str:
-    default = entry.get("default")
-    shown = "required" if required else f"`{json.dumps(default)}`" if default is not None else ""
-    words = WORDS.get(key) or re.sub(r"mapping of the keys .*", "mapping, see below", _describe(entry))
-    meaning = entry.get("description") or _branch_description(entry)
-    return f"| `{key}` | {words} | {shown} | {meaning} |".replace("|  |", "| |")
-
-
-def _branch_description(entry: dict[str, Any]) -> str:
-    return next((branch["description"] for branch in _branches(entry) if "description" in branch), "")
 
 
 def main(arguments: list[str] | None = None) -> int:
