@@ -96,17 +96,17 @@ class Tiers(Section):
     def _consistent(self) -> Tiers:
         bounds = [tier.below_billions for tier in self.tiers]
         if bounds[-1] is not None:
-            raise ValueError("the last tier must have no below_billions, so that every model has a tier")
+            raise ValueError("a last tier without below_billions, so that every model has a tier")
         finite = [bound for bound in bounds[:-1] if bound is not None]
         if len(finite) != len(bounds) - 1 or finite != sorted(set(finite)):
-            raise ValueError("every tier but the last needs below_billions, each larger than the one before")
+            raise ValueError("every tier but the last with below_billions, each larger than the one before")
         names = [tier.name for tier in self.tiers]
         if len(set(names)) != len(names):
-            raise ValueError(f"two tiers have the same name: {names}")
+            raise ValueError(f"tiers with different names, not {listing(names)}")
         for policy, rule in self.policies.items():
             for name in rule.tiers:
                 if name not in names:
-                    raise ValueError(f"policies.{policy}.tiers has {name!r}, but the tiers are {listing(names)}")
+                    raise ValueError(f"policies.{policy}.tiers with the names of tiers ({listing(names)}), not {name}")
         return self
 
     def tier_of(self, parameters: int) -> Tier:
@@ -174,6 +174,9 @@ def _problem(path: Path, document: strictyaml.Document, violation: dict[str, Any
         close = nearest(str(key[-1]), keys)
         mend = f"did you mean {close}?" if close else "delete it"
         return Problem(place, dotted(key), "an unknown key", f"one of {listing(keys)}", mend)
+    if violation["type"] == "value_error":
+        expected = str(violation["ctx"]["error"])
+        return Problem(place, dotted(known), "tiers and policies that do not agree", expected, "correct one of them")
     return Problem(place, dotted(known), show(violation["input"]), violation["msg"], "correct the value")
 
 
