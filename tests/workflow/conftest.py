@@ -1,0 +1,57 @@
+"""Snakemake as a user calls it, in a working directory of the test's own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+BASE = Path(__file__).resolve().parents[2]
+DEMO_MODEL = BASE / "resources/demo/SmolLM2-135M-Instruct"
+Snakemake = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def command(*arguments: str, base: Path = BASE) -> list[str]:
+    return [sys.executable, "-m", "snakemake", "--snakefile", str(base / "Snakefile"), "--cores", "2", *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "SNAKEMAKE"))}
+
+
+@pytest.fixture(scope="session")
+def snakemake() -> Snakemake:
+    """Run Snakemake in `folder`; returns what it printed, both streams together, and its exit code."""
+
+    def run(folder: Path, *arguments: str, base: Path = BASE) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(*arguments, base=base),
+            cwd=folder,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=900,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def engine() -> Path:
+    """Python of the engine's environment, or a skip."""
+    python = BASE / ".env/cpu/bin/python"
+    if not python.exists():
+        pytest.skip(f"needs the engine: {BASE}/envs/install cpu")
+    return python
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    if not (DEMO_MODEL / "config.json").exists():
+        pytest.skip("needs the demo's model: make model")
+    return DEMO_MODEL

@@ -1,0 +1,120 @@
+"""The workflow on a machine that has Snakemake and nothing else: no engine, no GPU, no container runtime."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import BASE, Snakemake
+
+TARGETS = ["all", "plan", "facts", "stage", "report"]
+CONFIG = """
+models:
+  tiny: {path: model}
+suites:
+  core:
+    tasks: [arc_easy, {task: gsm8k, num_fewshot: 5, limit: 10}]
+hardware: {host_memory_gib: 8, cpus: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workflow's files as Git has them or would take them: without environments, models and results."""
+    base = tmp_path_factory.mktemp("checkout")
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=BASE,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in listed.stdout.splitlines():
+        if (BASE / name).is_file():
+            (base / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(BASE / name, base / name)
+    return base
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A working directory with a configuration and a local model of one small tensor."""
+    model = tmp_path / "model"
+    model.mkdir()
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "tokenizer.json").write_text("{}")
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_dry_run_of_every_target_needs_no_engine(
+    checkout: Path, project: Path, snakemake: Snakemake, target: str
+) -> None:
+    assert not (checkout / ".env").exists()
+    done = snakemake(project, "--configfile", "config.yaml", "-n", "--", target, base=checkout)
+    assert done.returncode == 0, done.stdout
+    wanted = {"all": "report", "plan": "make_plan", "facts": "find_facts", "stage": "stage_suite", "report": "collect"}
+    assert wanted[target] in done.stdout
+    assert not (project / "results").exists()
+
+
+def test_the_default_target_is_everything(checkout: Path, project: Path, snakemake: Snakemake) -> None:
+    done = snakemake(project, "--configfile", "config.yaml", "-n", base=checkout)
+    assert done.returncode == 0, done.stdout
+    assert "rule report:" in done.stdout
+
+
+def test_the_configuration_that_is_named_replaces_the_default(
+    checkout: Path, project: Path, snakemake: Snakemake
+) -> None:
+    done = snakemake(project, "--configfile", "config.yaml", "-n", base=checkout)
+    assert done.stdout.count("rule evaluate:") == 1
+
+
+def test_a_wrong_configuration_is_refused_before_any_job(project: Path, snakemake: Snakemake) -> None:
+    (project / "config.yaml").write_text(CONFIG.replace("host_memory_gib", "host_memory_gb"))
+    done = snakemake(project, "--configfile", "config.yaml", "-n")
+    assert done.returncode != 0
+    for said in ("config.yaml", "hardware.host_memory_gb", "host_memory_gib"):
+        assert said in done.stdout
+    assert "Traceback" not in done.stdout
+    assert "rule " not in done.stdout
+
+
+def test_a_key_given_on_the_command_line_is_checked_too(project: Path, snakemake: Snakemake) -> None:
+    done = snakemake(project, "--configfile", "config.yaml", "--config", "policy=autoo", "-n")
+    assert done.returncode != 0
+    assert "--config" in done.stdout
+    assert "auto" in done.stdout
+
+
+def test_a_container_run_without_an_image_says_what_is_missing(project: Path, snakemake: Snakemake) -> None:
+    done = snakemake(project, "--configfile", "config.yaml", "--use-singularity", "-n")
+    assert done.returncode != 0
+    assert "container:" in done.stdout
+
+
+def test_a_job_without_its_environment_says_how_to_make_it(checkout: Path, project: Path, snakemake: Snakemake) -> None:
+    done = snakemake(project, "--configfile", "config.yaml", "--", "facts", base=checkout)
+    assert done.returncode != 0
+    assert "envs/install cpu" in done.stdout
+
+
+def test_a_change_of_what_decides_scores_is_another_run(checkout: Path, project: Path, snakemake: Snakemake) -> None:
+    def runs() -> set[str]:
+        done = snakemake(project, "--configfile", "config.yaml", "-n", base=checkout)
+        assert done.returncode == 0, done.stdout
+        return {word for line in done.stdout.splitlines() if "run=" in line for word in line.split() if "run=" in word}
+
+    before = runs()
+    (project / "config.yaml").write_text(CONFIG.replace("cpus: 2", "cpus: 1"))
+    assert runs() == before
+    (project / "config.yaml").write_text(CONFIG.replace("num_fewshot: 5", "num_fewshot: 4"))
+    assert not runs() & before
