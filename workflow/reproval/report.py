@@ -20,8 +20,7 @@ from reproval.files import RecordError, atomic, read_record
 from reproval.records import ModelManifest
 from reproval.report_content import AttemptRow, Report, ScoreTable
 from reproval.scrub import leaks, scrub
-
-TEMPLATES = Path(__file__).parent.parent / "report"
+from reproval.templates import FOLDER
 
 SCORE_COLUMNS = [
     "model", "suite", "task", "metric", "filter", "value", "stderr", "n", "interval_low", "interval_high",
@@ -31,7 +30,7 @@ SCORE_COLUMNS = [
 
 
 def methods_file() -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load((TEMPLATES / "methods.yaml").read_text(encoding="utf-8"))
+    loaded: dict[str, Any] = yaml.safe_load((FOLDER / "methods.yaml").read_text(encoding="utf-8"))
     return loaded
 
 

@@ -90,9 +90,9 @@ def duration(seconds: float | None) -> str:
     """Seconds below two minutes, then minutes and seconds, then hours and minutes."""
     if seconds is None:
         return "–"
-    if seconds < 120:
-        return f"{seconds:.1f} s"
     whole = round(seconds)
+    if whole < 120:
+        return f"{seconds:.1f} s"
     if whole < 7200:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

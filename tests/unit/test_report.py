@@ -1,0 +1,318 @@
+"""The content of the report, its Markdown, and what it must not show. The page itself is tested in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import synthetic
+import yaml
+
+from reproval import (
+    collect,
+    compare,
+    report,
+    report_facts,
+    report_html,
+    report_markdown,
+    scrub,
+    statistics,
+    templates,
+    words,
+)
+from reproval.records import ScoringPath
+from reproval.report_content import Report
+
+TASKS = (*synthetic.DEMO_TASKS, synthetic.Task("mmlu", "group", 60, 5, shots=5))
+MODELS = (
+    synthetic.Model("weak", 0.35),
+    synthetic.Model("strong", 0.75, 14_768_307_200, 1, levers=(synthetic.CAP,), failures=("running",), cut=7),
+)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> synthetic.Project:
+    return synthetic.write_project(tmp_path_factory.mktemp("report"), MODELS, TASKS)
+
+
+@pytest.fixture(scope="module")
+def models(project: synthetic.Project) -> list[collect.ModelData]:
+    return collect.load(project.results, project.evaluations)
+
+
+@pytest.fixture(scope="module")
+def built(models: list[collect.ModelData]) -> Report:
+    return report.build(models)
+
+
+def test_each_task_has_one_line_with_the_score_of_its_record(built: Report, models: list[collect.ModelData]) -> None:
+    assert [line.task for line in built.headlines] == [task.name for task in TASKS]
+    assert [line.metric for line in built.headlines] == [
+        "acc_norm", "acc_norm", "exact_match", "word_perplexity", "acc_norm",
+    ]  # fmt: skip
+    for line in built.headlines:
+        for model, cell in zip(models, line.cells, strict=True):
+            unit = next(u for u in model.units if u.result.task == line.task)
+            score = next(
+                s for s in unit.result.scores if (s.task, s.metric, s.filter) == (line.task, line.metric, line.filter)
+            )
+            assert cell is not None
+            assert (cell.value, cell.stderr, cell.n) == (score.value, score.stderr, score.n)
+            assert cell.low is not None
+            assert cell.high is not None
+            assert cell.low < cell.value < cell.high
+
+
+def test_the_better_model_is_named_whichever_way_the_metric_goes(built: Report) -> None:
+    found = {pair.task: pair for pair in built.comparisons}
+    assert found["mmlu"].better == "strong"
+    assert found["mmlu"].effect < 0
+    assert found["essays"].better == "strong"
+    assert found["essays"].scale == "ratio"
+    assert found["essays"].effect > 1
+    assert all(pair.p_holm >= pair.p_value for pair in built.comparisons)
+    assert "essays: strong is better than weak, word_perplexity ×0." in " ".join(built.findings)
+    assert all("score-changing lever" in finding for finding in built.findings)
+
+
+def test_every_pair_is_compared_on_every_task_and_corrected_together(tmp_path: Path) -> None:
+    three = synthetic.write_project(tmp_path, synthetic.GPU_MODELS, synthetic.DEMO_TASKS)
+    built = report.build(collect.load(three.results, three.evaluations))
+    assert len(built.comparisons) == 3 * len(synthetic.DEMO_TASKS)
+    assert min(p.p_holm for p in built.comparisons) == pytest.approx(
+        min(1.0, 12 * min(p.p_value for p in built.comparisons))
+    )
+
+
+def test_models_on_other_documents_are_not_compared_and_it_says_so(tmp_path: Path) -> None:
+    one = synthetic.write_project(tmp_path / "a", MODELS[:1], [synthetic.Task("capitals", documents=40)])
+    two = synthetic.write_project(tmp_path / "b", MODELS[1:], [synthetic.Task("capitals", documents=48)])
+    loaded = collect.load(one.results, one.evaluations) + collect.load(two.results, two.evaluations)
+    built = report.build(loaded)
+    assert built.comparisons == []
+    assert [item.reason for item in built.untested] == ["not the same documents: 40 and 48, 40 of them shared"]
+    assert "no two of them on the same questions" in built.answer
+
+
+def test_other_prompts_for_the_same_documents_are_compared_and_marked(tmp_path: Path) -> None:
+    one = synthetic.write_project(tmp_path / "a", MODELS[:1], [synthetic.Task("capitals", documents=40, shots=0)])
+    two = synthetic.write_project(tmp_path / "b", MODELS[1:], [synthetic.Task("capitals", documents=40, shots=5)])
+    loaded = collect.load(one.results, one.evaluations) + collect.load(two.results, two.evaluations)
+    built = report.build(loaded)
+    assert [pair.prompts_equal for pair in built.comparisons] == [False]
+    assert "prompts differ" in report_markdown.render(built)
+
+
+def test_one_model_alone_is_reported_without_comparisons(tmp_path: Path) -> None:
+    alone = synthetic.write_project(tmp_path, MODELS[:1], synthetic.DEMO_TASKS, trace=False)
+    built = report.build(collect.load(alone.results, alone.evaluations))
+    assert built.comparisons == built.untested == built.findings == []
+    assert built.memory[0].curve is None
+    assert "Differences between models" not in report_html.render(built)
+    assert "nothing is compared" in report_markdown.render(built)
+
+
+def test_what_was_done_and_what_failed_and_what_was_cut_is_there(built: Report) -> None:
+    weak, strong = built.fits
+    assert (weak.changes_scores, strong.changes_scores) == (False, True)
+    assert strong.rung == 1
+    assert [(a.model, a.attempt.outcome, a.attempt.failure) for a in built.attempts] == [
+        ("weak", "finished", None), ("strong", "failed", "running"), ("strong", "finished", None),
+    ]  # fmt: skip
+    assert [(c.model, c.task, c.cut) for c in built.cuts] == [("strong", "sums", 7)]
+    assert [m.device for m in built.memory] == ["host", "GPU"]
+
+
+def test_memory_is_that_of_the_record_and_its_curve_reaches_the_peak(
+    built: Report, models: list[collect.ModelData]
+) -> None:
+    strong, evaluation = built.memory[1], models[1].evaluation
+    assert strong.measured_bytes == evaluation.attempts[-1].gpu_peak_bytes
+    assert strong.predicted_bytes == evaluation.plan.ladder[1].predicted.peak_bytes
+    assert strong.curve is not None
+    assert strong.curve.attempt == 1
+    assert max(strong.curve.series["gpu0"]) == strong.measured_bytes
+
+
+def test_thinning_keeps_ends_order_and_every_series_peak() -> None:
+    n = 10_000
+    gpu0, gpu1 = [1] * n, [5] * n
+    gpu0[1234], gpu1[8765] = 3, 6
+    times, series = report_facts.thin([float(i) for i in range(n)], {"gpu0": gpu0, "gpu1": gpu1}, 50)
+    assert len(times) <= 103
+    assert times[0] == 0.0
+    assert times[-1] == n - 1
+    assert times == sorted(times)
+    assert (max(series["gpu0"]), max(series["gpu1"])) == (3, 6)
+
+
+def test_the_markdown_has_every_headline_number_and_every_section(built: Report) -> None:
+    text = report_markdown.render(built)
+    for line in built.headlines:
+        for cell in line.cells:
+            assert cell is not None
+            assert words.number(cell.value) in text
+            assert f"({words.number(cell.low)} to {words.number(cell.high)})" in text
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == [
+        "What each model scored", "What was done to make each model fit", "Memory, predicted and measured",
+        "Time and throughput", "Failures and retries", "Cut prompts", "Provenance", "How to reproduce",
+    ]  # fmt: skip
+
+
+def test_markdown_tables_are_whole(built: Report) -> None:
+    text = report_markdown.render(built)
+    tables = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
+    assert len(tables) > 10
+    for table in tables:
+        rows = table.splitlines()
+        bars = {len(re.findall(r"(?<!\\)\|", row)) for row in rows}
+        assert len(bars) == 1, table
+        assert re.fullmatch(r"\|(:?-+:?\|)+", rows[1]), table
+
+
+def test_the_json_is_the_content(project: synthetic.Project, built: Report, tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    arguments = ["--results", str(project.results), "--json", str(out), "--evaluations"]
+    assert report.main([*arguments, *map(str, project.evaluations)]) == 0
+    assert Report.model_validate(json.loads(out.read_text(encoding="utf-8"))) == built
+
+
+def test_every_method_that_the_code_can_name_is_explained() -> None:
+    known = yaml.safe_load((templates.FOLDER / "methods.yaml").read_text(encoding="utf-8"))
+    source = Path(statistics.__file__).read_text(encoding="utf-8")
+    for name in [*known["intervals"], *known["comparisons"]]:
+        assert f'"{name}"' in source
+    for name in re.findall(r'"((?:Wilson|Student t|normal|McNemar|paired|stratified)[^"\n]*)"(?!")', source):
+        assert name in known["intervals"] or name in known["comparisons"], name
+
+
+# --- what must not be shown ----------------------------------------------------------------------------------------
+
+
+def test_paths_and_secrets_are_taken_out_and_counted(tmp_path: Path) -> None:
+    token = "hf_" + "aB3" * 12
+    env = {"WANDB_API_KEY": "correct-horse-battery", "HOME": "/home/alice"}
+    value = {
+        "message": f"Bearer {'x' * 30} and {token} at /home/alice/models/qwen, key correct-horse-battery",
+        "inside": f"{tmp_path}/resources/models/qwen",
+        "root": str(tmp_path),
+        "search": "PATH=/usr/bin:/home/alice/bin",
+        "url": "https://alice:secretword@example.org/x",
+        "file": "file:///home/alice/data",
+        "tilde": "~alice/models/qwen",
+    }
+    clean, removed = scrub.scrub(value, tmp_path, env)
+    text = json.dumps(clean)
+    assert removed == 9
+    for private in ("alice", token, "correct-horse", "secretword", "xxxx"):
+        assert private not in text, private
+    assert clean["inside"] == "resources/models/qwen"
+    assert clean["root"] == "."
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        "docker://ghcr.io/example/reproval@sha256:" + "a" * 64,
+        "oras://registry.example.org/team/image@sha256:" + "b" * 64,
+        "12.5 tokens/s, 3/4 and/or 7 /s",
+        "resources/models/qwen3-4b",
+        "Qwen/Qwen3-4B",
+        "task:demo/capitals",
+        "c" * 40,
+        "https://arxiv.org/abs/2411.00640",
+    ],
+)
+def test_what_is_nobodys_secret_stays(harmless: str, tmp_path: Path) -> None:
+    assert scrub.scrub(harmless, tmp_path, {}) == (harmless, 0)
+
+
+def test_a_record_with_private_things_gives_a_report_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "a-token-of-no-known-shape")
+    private = {
+        "engine_arguments": {
+            "model": "/home/alice/models/qwen",
+            "note": "a-token-of-no-known-shape",
+            "dtype": "bfloat16",
+        }
+    }
+    project = synthetic.write_project(tmp_path, [synthetic.Model("m", provenance=private)], synthetic.DEMO_TASKS[:1])
+    built = report.build(collect.load(project.results, project.evaluations))
+    assert built.removed == 2
+    for text in (report_html.render(built), report_markdown.render(built), built.model_dump_json()):
+        assert "alice" not in text
+        assert "no-known-shape" not in text
+        assert scrub.leaks(text) is None
+
+
+def test_a_page_that_would_leak_is_not_written(
+    project: synthetic.Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "scrub", lambda value, root: (value, 0))
+    monkeypatch.setenv("SOME_SECRET", "strong-enough")
+    monkeypatch.setattr(words, "title", lambda models, tasks: "strong-enough")
+    out = tmp_path / "report.md"
+    arguments = ["--results", str(project.results), "--markdown", str(out), "--evaluations"]
+    assert report.main([*arguments, *map(str, project.evaluations)]) == 1
+    said = capsys.readouterr().err
+    assert "SOME_SECRET" in said
+    assert "strong-enough" not in said
+    assert not out.exists()
+
+
+# --- the page's parts that need no browser -------------------------------------------------------------------------
+
+
+def test_the_page_asks_no_host_for_anything(built: Report) -> None:
+    page = report_html.render(built)
+    assert "default-src 'none'" in page
+    assert re.findall(r'(?:src|href)="(?!#)[^"]*"', page) == []
+    assert not re.search(r"@import|url\(\s*['\"]?(?!#)|fetch\(|XMLHttpRequest|WebSocket", page)
+    assert len(page) < 300_000
+
+
+def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>|x"
+    project = synthetic.write_project(tmp_path, MODELS[:1], [synthetic.Task("capitals", documents=12)])
+    path = next(project.results.glob("tasks/*/*/result.json"))
+    path.write_text(
+        path.read_text(encoding="utf-8").replace('"task": "capitals"', f'"task": "{evil}"'), encoding="utf-8"
+    )
+    built = report.build(collect.load(project.results, project.evaluations))
+    assert "<script>alert" not in report_html.render(built)
+    assert "alert(1)</script>\\|x" in report_markdown.render(built)
+
+
+def test_figures_share_no_ids(built: Report) -> None:
+    page = report_html.render(built)
+    ids = re.findall(r'\sid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    for reference in re.findall(r'(?:url\(#|href="#)([^")]+)', page):
+        assert reference in ids
+
+
+def test_a_long_table_says_what_it_left_out(built: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_html, "SCORE_ROWS", 12)
+    page = report_html.render(built)
+    assert f"12 of {len(built.scores.rows)} scores" in page
+    top = [row["top"] for row in report_html.shown_scores(built)]
+    assert all(top)
+
+
+def test_words_of_numbers() -> None:
+    assert words.number(0.6895833) == "0.690"
+    assert words.number(15.5678) == "15.57"
+    assert words.number(12345.6) == "12,346"
+    assert words.number(None) == "–"
+    assert words.signed(-0.05, "difference") == "−0.050"
+    assert words.signed(1.08, "ratio") == "×1.080"
+    assert words.size(3 * 2**30) == "3.00 GiB"
+    assert words.size(500 * 2**20) == "500 MiB"
+    assert words.duration(119.95) == "2 min 00 s"
+    assert words.duration(7322) == "2 h 02 min"
+    assert words.answered(ScoringPath(requests=5, one_token=4, cached=1)) == "4 one token, 1 interrupted run"
+    assert pytest.approx(0.05) == compare.ALPHA
