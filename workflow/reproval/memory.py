@@ -21,8 +21,10 @@ from reproval.records import PhasePeak
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 MIB = 2**20
 
-# Finding the processes of the tree costs a pass over /proc, which grows with the machine; at most this share of time.
+# Finding the processes of the tree costs a pass over /proc, which grows with the machine: at most this share of a core,
+# unless that would leave a new process uncounted for longer than a second.
 _SCAN_SHARE = 0.02
+_SCAN_S = (0.1, 1.0)
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,14 @@ class Gpus:
         try:
             visible = visible_devices(env, pynvml.nvmlDeviceGetCount())
             self._handles = [self._handle(name) for name in visible[:count]]
+            if len(self._handles) < count:
+                raise RuntimeError(f"{count} GPUs are asked for and {len(self._handles)} are visible")
         except pynvml.NVMLError as error:
+            self.close()
             raise RuntimeError(f"CUDA_VISIBLE_DEVICES names a GPU that NVML does not know: {error}") from error
-        if len(self._handles) < count:
-            raise RuntimeError(f"{count} GPUs are asked for and {len(self._handles)} are visible")
+        except RuntimeError:
+            self.close()
+            raise
 
     def _handle(self, name: str) -> Any:
         nvml = self._nvml
@@ -258,8 +264,10 @@ class Sampler:
     def _sample(self) -> None:
         now = time.monotonic()
         if now >= self._next_scan:
+            spent = time.thread_time()
             self._pids = descendants(self._root)
-            self._next_scan = now + max(0.1, (time.monotonic() - now) / _SCAN_SHARE)
+            spent = time.thread_time() - spent
+            self._next_scan = now + min(max(_SCAN_S[0], spent / _SCAN_SHARE), _SCAN_S[1])
         host = sum(_resident_bytes(pid) for pid in self._pids)
         gpus = self._gpus.used_bytes() if self._gpus else ()
         self.samples += 1
