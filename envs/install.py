@@ -195,8 +195,8 @@ class Uv:
         """The command that installs one lock; `target` is --python FILE or --target FOLDER."""
         return [
             *(self.program, "pip", "install", *target, "--requirements", str(ENVS / lock)),
-            *("--no-deps", "--require-hashes"),
-            *("--require-build-hashes", "--build-constraints", str(ENVS / "build.txt")),
+            *("--no-deps", "--require-hashes", "--build-constraints", str(ENVS / "build.txt")),
+            *("--require-build-hashes", "--preview-features", "build-dependency-hashes"),
             *(more or self.no_index),
         ]
 
