@@ -27,7 +27,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.35}
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def model(request: pytest.FixtureRequest) -> Iterator[ReprovalVLLM]:
+def engine(request: pytest.FixtureRequest) -> Iterator[ReprovalVLLM]:
     pytest.importorskip("vllm", reason="vLLM is not installed here")
     if not (MODEL / "config.json").exists():
         pytest.skip(f"no model at {MODEL}: set REPROVAL_TEST_MODEL, or stage the demo model")
@@ -60,10 +60,12 @@ def model(request: pytest.FixtureRequest) -> Iterator[ReprovalVLLM]:
     patch.undo()
 
 
-@pytest.fixture(autouse=True)
-def _fresh(model: ReprovalVLLM) -> Iterator[None]:
+@pytest.fixture
+def model(engine: ReprovalVLLM) -> Iterator[ReprovalVLLM]:
+    """The engine with default settings."""
+    model = engine
     model.reset_paths()
-    yield
+    yield model
     model.scoring = "auto"
     model.submit_batch = 16
     model.on_progress = None
@@ -157,7 +159,7 @@ def test_cut_requests_are_cut_as_stock_cuts_and_counted(model: ReprovalVLLM) -> 
 
 def test_a_continuation_that_leaves_no_context_is_refused(model: ReprovalVLLM) -> None:
     continuation = " word" * (MAX_LEN - 1)
-    with pytest.raises(ValueError, match="no token before it to condition"):
+    with pytest.raises(ValueError, match="task full: a continuation has no token before it"):
         model.loglikelihood(instances("full", [("x", continuation)]), disable_tqdm=True)
 
 
@@ -296,4 +298,36 @@ def test_encoding_is_lm_evals_own(model: ReprovalVLLM) -> None:
         ("1", "23"),
     ]
     expected = [model._encode_pair(*pair) for pair in pairs]
-    assert model._encode_pairs(pairs) == expected
+    encoded = model._encode_pairs(pairs)
+    assert [(context.tolist(), continuation.tolist()) for context, continuation in encoded] == expected
+
+
+def test_tasks_that_do_not_read_is_greedy_are_found(tmp_path: Path) -> None:
+    lm_eval_task = pytest.importorskip("lm_eval.api.task", reason="lm-eval is not installed here")
+    pytest.importorskip("vllm", reason="vLLM is not installed here")
+    from reproval.scoring import greedy_unread
+
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"q": "a", "c": ["x", "y"], "a": 0}\n', encoding="utf-8")
+
+    def task(name: str, **more: Any) -> Any:
+        config = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(data)}},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{q}}",
+            "doc_to_choice": "{{c}}",
+            "doc_to_target": "{{a}}",
+            "metric_list": [{"metric": "acc"}],
+        }
+        return lm_eval_task.ConfigurableTask(config={**config, **more})
+
+    tasks = [
+        task("plain"),
+        task("exact", metric_list=[{"metric": "acc"}, {"metric": "exact_match"}]),
+        task("own", process_results=lambda doc, results: {"acc": 1}),
+        task("word", output_type="loglikelihood"),
+    ]
+    assert greedy_unread(tasks) == {"plain"}

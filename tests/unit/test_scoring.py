@@ -213,7 +213,8 @@ def test_a_token_that_is_not_on_top_decides_although_others_are_unknown() -> Non
 def test_cut_left_is_lm_evals(
     context: list[int], continuation: list[int], expected: tuple[list[int], int, bool]
 ) -> None:
-    assert cut_left(context, continuation, 5) == expected
+    one, cut = cut_left(np.array(context, dtype=np.int32), np.array(continuation, dtype=np.int32), 5)
+    assert (one.tokens.tolist(), one.first, cut) == expected
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ MAX_FINAL_IDS = 128
 
 
 class Span(NamedTuple):
-    """`tokens[first:]`, to be scored one by one, each given all tokens before it. `first` is at least 1."""
+    """`tokens[first:]`, to be scored one by one, each given all tokens before it."""
 
     tokens: Tokens
     first: int
@@ -106,19 +106,19 @@ class _Segment:
     end: int
 
 
-def cut_left(context: Sequence[int], continuation: Sequence[int], limit: int) -> tuple[list[int], int, bool]:
-    """(tokens, first scored, whether it was cut), as lm-eval's vLLM model cuts an over-long request.
+def cut_left(context: Tokens, continuation: Tokens, limit: int) -> tuple[Span, bool]:
+    """The span of a request, and whether it was cut, as lm-eval's vLLM model cuts an over-long one.
 
     It keeps the last `limit` tokens. When not even the continuation fits, lm-eval 0.4.13 scores only as many tokens
     from the end as were cut from the continuation (its `ctxlen` turns negative); the same is done here, so that the
     numbers stay the same.
     """
     total = len(context) + len(continuation)
-    tokens = [*context, *continuation][-limit:]
+    tokens = np.concatenate([context, continuation])[-limit:]
     first = len(context) - max(0, total - limit)
     if first < 0:
         first = max(0, len(tokens) + first)
-    return tokens, first, total > limit
+    return Span(tokens, first), total > limit
 
 
 def common_prefix(left: Tokens, right: Tokens) -> int:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 from lm_eval.api.registry import register_model
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.utils import maybe_truncate, postprocess_generated_text
 from lm_eval.models.vllm_causallms import VLLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -43,6 +44,7 @@ from reproval.requests import (
     computed_tokens,
     cut_left,
     plan,
+    reads_is_greedy,
     sort_key,
     whole_request,
     windows,
@@ -58,6 +60,8 @@ Scoring = Literal["auto", "token_ids", "prompt_logprobs", "stock"]
 Result = tuple[float, bool | None]
 
 DEFAULT_SUBMIT_BATCH = 2048
+ADD_AT_ONCE = 256
+"""Requests added between two steps of the engine, so that it does not wait for a whole window."""
 ATTEMPTS = 3
 FEW_TOKENS = 64
 """Computed tokens per request up to which logits for all of them cost less than a pass over the output weights.
@@ -78,8 +82,8 @@ class _Item(NamedTuple):
     position: int
     task: str
     name: tuple[str, str] | None
-    context: list[int]
-    continuation: list[int]
+    span: Span
+    cut: bool
     counted: bool = True
 
 
@@ -128,6 +132,10 @@ def _by_token_ids(request: PlannedRequest, read: Read | None) -> bool:
     return read == "token_ids" or (read == "mixed" and bool(request.others))
 
 
+def _array(tokens: Sequence[int]) -> Tokens:
+    return np.array(tokens, dtype=np.int32)
+
+
 def _ahead(items: Iterator[T]) -> Iterator[T]:
     """The same items, each made in a thread while the one before it is used."""
     with ThreadPoolExecutor(1) as pool:
@@ -135,6 +143,18 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
         while (item := coming.result()) is not None:
             coming = pool.submit(next, items, None)
             yield item
+
+
+def greedy_unread(tasks: Iterable[Any]) -> set[str]:
+    """Names of those lm-eval tasks (lm_eval.api.task.Task) whose scores do not read `is_greedy`."""
+    unread = set()
+    for task in tasks:
+        config = getattr(task, "config", None)
+        standard = isinstance(task, ConfigurableTask) and type(task).process_results is ConfigurableTask.process_results
+        own = not standard or callable(getattr(config, "process_results", None))
+        if not reads_is_greedy(task.OUTPUT_TYPE, getattr(task, "_metric_fn_list", {}), own):
+            unread.add(config.task if config is not None else task.task_name)
+    return unread
 
 
 @register_model("reproval-vllm")
@@ -247,7 +267,7 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
         room = max((self._engine_config.cache_config.num_gpu_blocks or 0) - 2, 1)
         try:
             while True:
-                while len(running) < self.submit_batch:
+                for _ in range(min(self.submit_batch - len(running), ADD_AT_ONCE)):
                     job = first.pop() if first else next(jobs, None)
                     if job is None:
                         break
@@ -285,8 +305,8 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
         def encode(window: list[tuple[int, Instance]]) -> list[_Item]:
             encoded = self._encode_pairs([request.args for _, request in window])
             return [
-                _Item(position, request.task_name or "", request.args, context, continuation)
-                for (position, request), (context, continuation) in zip(window, encoded, strict=True)
+                _Item(position, request.task_name or "", request.args, *cut_left(*pair, self.max_length - 1))
+                for (position, request), pair in zip(window, encoded, strict=True)
             ]
 
         numbered = windows(enumerate(requests), self.submit_batch)
@@ -296,7 +316,10 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
         self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[Result]:
         if self.scoring != "stock":
-            items = (_Item(position, "", *request) for position, request in enumerate(requests))
+            items = (
+                _Item(position, "", name, *cut_left(_array(context), _array(continuation), self.max_length - 1))
+                for position, (name, context, continuation) in enumerate(requests)
+            )
             return self._score(windows(items, self.submit_batch), len(requests), disable_tqdm)
         for task, (_, context, continuation) in zip(self._stock_tasks, requests, strict=False):
             self._counts[task].update(requests=1, stock=1)
@@ -304,24 +327,25 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
         self._stock_tasks = []
         return cast("list[Result]", super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm))
 
-    def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Tokens, Tokens]]:
         """The encoding of TemplateLM.loglikelihood and _encode_pair (lm-eval 0.4.13), for many pairs at once.
 
         A context that many continuations share is encoded once, and a fast tokenizer uses all cores.
         """
         kept = [context.rstrip() for context, _ in pairs]
         wholes = self._encode_texts({context + continuation for context, continuation in pairs if context})
-        contexts = self._encode_texts(kept)
+        contexts = {text: _array(ids) for text, ids in self._encode_texts(kept).items()}
         encoded = []
         for (context, continuation), kept_context in zip(pairs, kept, strict=True):
             if context:
                 # Trailing spaces go over to the continuation, so the text as a whole stays the same.
                 ids = contexts[kept_context]
-                encoded.append((ids, wholes[context + continuation][len(ids) :]))
+                encoded.append((ids, _array(wholes[context + continuation][len(ids) :])))
                 continue
-            ids = self.tok_encode(continuation, add_special_tokens=False)
+            alone = self.tok_encode(continuation, add_special_tokens=False)
             prefix = self.prefix_token_id
-            encoded.append(([prefix], ids) if prefix != ids[0] else (ids[:1], ids[1:]))
+            first, rest = ([prefix], alone) if prefix != alone[0] else (alone[:1], alone[1:])
+            encoded.append((_array(first), _array(rest)))
         return encoded
 
     def _encode_texts(self, texts: Iterable[str]) -> dict[str, list[int]]:
@@ -360,19 +384,19 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
                 waiting = {key: wanted for key, wanted in waiting.items() if wanted.pending.missing}
                 for item in window:
                     greedy = read_greedy and item.task not in self.greedy_unread
-                    tokens, first, cut = cut_left(item.context, item.continuation, self.max_length - 1)
+                    span = item.span
+                    scored = len(span.tokens) - span.first
                     counts = self._counts[item.task]
-                    counts.update(requests=item.counted, cut=cut and item.counted)
-                    if first >= len(tokens):
+                    counts.update(requests=item.counted, cut=item.cut and item.counted)
+                    if not scored:
                         give(item, (0, True))
                         continue
-                    if first < 1:
+                    if not span.first:
                         raise ValueError(
-                            f"task {item.task}: a continuation of {len(item.continuation)} tokens has no token before "
-                            f"it to condition on: {len(item.context)} of context, max_model_len={self.max_length}"
+                            f"task {item.task}: a continuation has no token before it to condition on; its context is "
+                            f"empty or max_model_len={self.max_length} is too short for it ({scored} tokens scored)"
                         )
-                    span = Span(np.array(tokens, dtype=np.int32), first)
-                    digest = self._digest("loglikelihood", first.to_bytes(4, "little"), span.tokens.tobytes())
+                    digest = self._digest("loglikelihood", span.first.to_bytes(4, "little"), span.tokens.tobytes())
                     key = digest + bytes([greedy])
                     if key in answered:
                         counts["duplicates"] += item.counted
@@ -513,8 +537,9 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
                 pairs = [make_disjoint_window(pair) for pair in rolling]
                 for number, (context, continuation) in enumerate(pairs, 1):
                     owners.append(index)
+                    span, cut = cut_left(_array(context), _array(continuation), self.max_length - 1)
                     last = number == len(pairs)
-                    yield _Item(len(owners) - 1, request.task_name or "", None, context, continuation, last)
+                    yield _Item(len(owners) - 1, request.task_name or "", None, span, cut, last)
 
         rolled = windows(items(), self.submit_batch)
         results = self._score(rolled, len(requests), disable_tqdm, read_greedy=False)
@@ -581,7 +606,7 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
                     params = SamplingParams(
                         max_tokens=max_gen_toks, stop=stop, output_kind=RequestOutputKind.FINAL_ONLY, **kwargs
                     )
-                    tokens = np.array(prompt, dtype=np.int32)
+                    tokens = _array(prompt)
                     told = json.dumps(shown | {"stop": stop}, sort_keys=True, default=repr).encode()
                     digest = self._digest("generate_until", tokens.tobytes(), told)
                     if params.temperature >= GREEDY_TEMPERATURE:
