@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from reproval.requests import (
     Pending,
     PlannedRequest,
     Read,
+    Slice,
     Span,
     arrange,
     computed_tokens,
@@ -78,6 +80,8 @@ def solve(spans: dict[int, Span], read: Read, block: int, width: int = 20) -> tu
     engine = Engine(block)
     pending = {index: Pending.of(one) for index, one in spans.items()}
     for request in requests:
+        for ids in (request.final, *request.others.values()):
+            assert len(set(ids)) == len(ids), "asked twice"
         answer = engine.answer(request, read)
         assert answer is not None, "a prefix hit reached past a row that was wanted"
         for part in request.slices:
@@ -191,11 +195,14 @@ def test_is_greedy_needs_every_token_on_top(values: list[float], tops: list[floa
     assert pending.result() == (-3.0, greedy)
 
 
-def test_a_token_that_is_not_on_top_decides_although_others_are_unknown() -> None:
+@pytest.mark.parametrize("order", [list, reversed])
+def test_a_token_that_is_not_on_top_decides_although_others_are_unknown(
+    order: Callable[[list[Slice]], Iterable[Slice]],
+) -> None:
     one = span([1, 2], [3, 4])
     (request,) = plan({0: one}, arrange({0: one}), "token_ids", BLOCK, 20)
     pending = Pending.of(one)
-    for part in request.slices:
+    for part in order(request.slices):
         pending.fill(request, part, Answer(np.array([[-1.0]]), None, [-5.0], -0.1))
     assert pending.result() == (-6.0, False)
 
