@@ -184,6 +184,9 @@ def test_shards_of_the_index_and_no_other_file(checkpoint: Path) -> None:
 def test_one_file_without_index(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors.index.json").unlink()
     assert read_model(checkpoint).parameters == 256
+    # Some checkpoints carry their weights a second time under another name.
+    write_safetensors(checkpoint / "model.safetensors", {"model.embed_tokens.weight": ("BF16", [16, 8], 256)})
+    assert read_model(checkpoint).parameters == 128
 
 
 def test_quantization_in_a_file_beside_the_configuration(checkpoint: Path) -> None:

@@ -356,6 +356,36 @@ def test_the_fewest_gpus_that_fit() -> None:
     assert not divides(facts("Qwen3-14B"), 3)
 
 
+def test_a_quantized_bitsandbytes_checkpoint_is_not_divided() -> None:
+    """vLLM refuses tensor parallelism for it, so more GPUs do not help and are not advised."""
+    plan = planned("Meta-Llama-3.1-8B-bnb-4bit", gpu(6, 4))
+    assert not plan.fits
+    assert "tensor parallelism" not in (plan.advice or "")
+    assert planned("Meta-Llama-3-8B", gpu(6, 4)).fits
+
+
+def test_fp8_needs_a_gpu_that_has_it() -> None:
+    def method(capability: str | None) -> str | None:
+        return planned("Llama-3.1-70B", gpu(80, capability=capability)).ladder[0].settings.quantization
+
+    assert [method(capability) for capability in ("9.0", "8.9", "8.0", None)] == [
+        "fp8",
+        "fp8",
+        "bitsandbytes",
+        "bitsandbytes",
+    ]
+
+
+def test_the_engine_asks_for_no_more_free_memory_than_is_planned() -> None:
+    """vLLM starts only if gpu_memory_utilization of the GPU is free, also where the cache is given in bytes."""
+    for name in ("SmolLM2-135M", "Qwen3-4B"):
+        rung = planned(name, H100).ladder[0]
+        share = rung.settings.gpu_memory_utilization
+        assert share is not None
+        wanted = rung.predicted.peak_bytes - rung.predicted.context_bytes
+        assert wanted <= share * H100.gpu_memory_bytes <= wanted + 0.001 * H100.gpu_memory_bytes
+
+
 def test_a_length_that_the_user_asks_for_is_counted() -> None:
     plan = planned("Qwen3-4B", H100, asked=ModelConfig(path="m", max_model_len=1024))
     [lever] = plan.levers
@@ -441,12 +471,13 @@ def test_a_third_policy_needs_no_code() -> None:
         "summary": "Small steps and an 8-bit cache.",
         "neutral_levers": ["kv_cache_memory_bytes"],
         "free_share": 0.2,
-        "start": {"max_num_batched_tokens": 1024, "enforce_eager": False},
+        "start": {"max_num_batched_tokens": 512, "max_num_seqs": 1024, "enforce_eager": False},
         "tiers": {"below-7B": {"start": {"kv_cache_dtype": "fp8"}}},
     }
     plan = planned("Qwen3-4B", H100, policy="mine", tiers=Tiers.model_validate(content))
     chosen = plan.ladder[0].settings
-    assert (chosen.max_num_batched_tokens, chosen.kv_cache_dtype, chosen.enforce_eager) == (1024, "fp8", False)
+    assert (chosen.max_num_batched_tokens, chosen.kv_cache_dtype, chosen.enforce_eager) == (512, "fp8", False)
+    assert chosen.max_num_seqs == 512, "vLLM refuses more requests than tokens"
     assert plan.ladder[0].predicted.peak_bytes <= 0.8 * H100.gpu_memory_bytes
     assert [lever.lever for lever in plan.levers if lever.changes_scores] == ["kv_cache_dtype"]
 

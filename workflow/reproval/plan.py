@@ -215,7 +215,8 @@ def _advice(case: Case, first: EngineSettings) -> str:
         f"{gib(needed)} would be needed on one GPU even with the most frugal score-neutral settings that the policy "
         f"allows; there are {gib(case.memory_bytes)} on each of {case.hardware.gpus}."
     ]
-    enough = next((n for n in range(2, 65) if divides(case.facts, n) and fits(n, frugal.quantization)), None)
+    sizes = [n for n in range(2, 65) if divides(case.facts, n)]
+    enough = next((n for n in sizes if fits(n, frugal.quantization)), None)
     if enough:
         sentences.append(f"{enough} such GPUs with tensor parallelism would do.")
     if case.facts.quantization is None and frugal.quantization is None:

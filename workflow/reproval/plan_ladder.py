@@ -41,9 +41,6 @@ def groups_of(case: Case, first: EngineSettings) -> Iterator[EngineSettings]:
     """Where each series of neutral steps begins: fewer GPUs before more, more before a change of scores."""
     for scored in _score_steps(case, first):
         for tp in _parallel_sizes(case):
-            # Pre-quantized bitsandbytes checkpoints do not run with tensor parallelism.
-            if tp > 1 and case.facts.quantization == "bitsandbytes":
-                continue
             yield scored.model_copy(update={"tensor_parallel_size": tp})
 
 
@@ -83,7 +80,12 @@ def _parallel_sizes(case: Case) -> list[int]:
 
 
 def divides(facts: ModelFacts, tp: int) -> bool:
-    """Whether vLLM can divide the model's heads among so many GPUs: KV heads are divided, or copied."""
+    """Whether vLLM can divide the model among so many GPUs: by its heads, and KV heads are divided or copied.
+
+    A checkpoint that bitsandbytes quantized cannot be divided.
+    """
+    if tp > 1 and facts.quantization == "bitsandbytes":
+        return False
     if facts.attention_heads % tp:
         return False
     return facts.kv_heads == 0 or facts.kv_heads % tp == 0 or tp % facts.kv_heads == 0
