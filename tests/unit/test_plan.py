@@ -293,13 +293,15 @@ def test_the_classic_failure_is_predicted_and_planned_around() -> None:
 def test_transients_of_prompt_logprobs() -> None:
     qwen = facts("Qwen3-4B")
     one = stock(16384).model_copy(update={"max_model_len": 16385})
-    assert prompt_logprobs_bytes(qwen, one, "v1", "stock", 16385) / GIB == pytest.approx(23.2, abs=0.1)
+    assert prompt_logprobs_bytes(qwen, one, "v1", 16385) / GIB == pytest.approx(23.2, abs=0.1)
     chunk = 1024 * 151936 * 2
-    assert prompt_logprobs_bytes(qwen, one, "v2", "stock", 16385) == 2 * chunk
-    assert prompt_logprobs_bytes(qwen, one, "v2", "suffix", 100) == 100 * 151936 * 2
-    assert prompt_logprobs_bytes(qwen, stock(1024), "v2", "stock", 8000) == chunk
+    assert prompt_logprobs_bytes(qwen, one, "v2", 16385) == 2 * chunk
+    assert prompt_logprobs_bytes(qwen, stock(1024), "v2", 8000) == chunk
+    # Measured on a CPU: four requests of 2,000 tokens, 2,048 in a step, held 0.98 GiB more than before them.
+    smol = facts("SmolLM2-135M")
+    assert prompt_logprobs_bytes(smol, stock(2048), "v1", 1999) / GIB == pytest.approx(0.98, rel=0.06)
     # Gemma 2 soft-caps its logits: one more copy.
-    assert prompt_logprobs_bytes(facts("gemma-2-9b"), one, "v2", "stock", 8000) == 3 * 1024 * 256000 * 2
+    assert prompt_logprobs_bytes(facts("gemma-2-9b"), one, "v2", 8000) == 3 * 1024 * 256000 * 2
 
 
 def test_cache_bytes_of_a_token() -> None:

@@ -48,7 +48,9 @@ assumed for lm-eval and its data sets."""
 STOCK_BYTES_PER_TOKEN = 560
 """Host bytes per submitted prompt token of a request with prompt_logprobs (measured: 5.6 GB per 10 million)."""
 TOKENIZED_BYTES_PER_TOKEN = 40
-"""A Python int in a list, and its copy on the way to the engine: 8-byte pointers and 28-byte objects."""
+"""Assumed: a Python int in a list, an 8-byte pointer and a 28-byte object, and its copy on the way to the engine."""
+TEXT_BYTES_PER_TOKEN = 5
+"""Assumed: the text of a prompt, which lm-eval keeps for every request."""
 
 _ITEM_BYTES: dict[str, float] = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Of safetensors' storage dtypes, those that are loaded in the plan's dtype; the rest stay as they are stored.
@@ -165,27 +167,24 @@ def request_cache_bytes(facts: ModelFacts, settings: EngineSettings, tokens: int
     return total
 
 
-def prompt_logprobs_bytes(
-    facts: ModelFacts, settings: EngineSettings, runner: Runner, scoring: Scoring, longest_tokens: int
-) -> int:
+def prompt_logprobs_bytes(facts: ModelFacts, settings: EngineSettings, runner: Runner, longest_tokens: int) -> int:
     """Transient of prompt logprobs in one step, which no profile of vLLM counts.
 
-    V2 (v1/worker/gpu/sample/prompt_logprob.py): logits of at most 1,024 rows at a time. The chunk before is still
-    referenced while the next is made, so a step of more than 1,024 rows holds two; soft-capping makes one copy more.
-    `stock` computes all rows of a step, `suffix` only those of one request's continuation at a time.
+    V2 (v1/worker/gpu/sample/prompt_logprob.py): logits of at most 1,024 rows at a time, of all rows that the step
+    computes. The chunk before is still referenced while the next is made, so a step of more than 1,024 rows holds
+    two; soft-capping makes one copy more. Requests that score given ids need no more than that.
     V1 (v1/worker/gpu_model_runner.py): all rows of a request in a step, logits and their float32 copies, while those
     of the request before are not yet released: V x (10 T_i + 4 T_(i-1)) bytes for a 16-bit dtype.
     """
     item = item_bytes(settings.dtype)
     vocabulary = padded_vocabulary(facts)
-    in_request = min(settings.max_num_batched_tokens, settings.max_model_len - 1, longest_tokens)
+    step = settings.max_num_batched_tokens
     if runner == "v1":
-        first = in_request
-        second = min(settings.max_num_batched_tokens - first, longest_tokens)
-        return vocabulary * ((item + 8) * first + 4 * max(second, 0))
-    rows = settings.max_num_batched_tokens if scoring == "stock" else in_request
-    copies = (1 if rows <= LOGIT_ROWS_PER_CHUNK else 2) + facts.soft_caps_logits
-    return copies * min(rows, LOGIT_ROWS_PER_CHUNK) * vocabulary * item
+        first = min(step, settings.max_model_len - 1, longest_tokens)
+        second = min(step - first, longest_tokens)
+        return vocabulary * ((item + 8) * first + 4 * second)
+    copies = (1 if step <= LOGIT_ROWS_PER_CHUNK else 2) + facts.soft_caps_logits
+    return copies * min(step, LOGIT_ROWS_PER_CHUNK) * vocabulary * item
 
 
 def activations_bytes(facts: ModelFacts, settings: EngineSettings) -> int:
@@ -216,15 +215,21 @@ def sampler_bytes(facts: ModelFacts, settings: EngineSettings, runner: Runner, g
 
 
 def host_bytes(settings: EngineSettings, work: Work, scoring: Scoring, on_gpu: bool) -> int:
-    """Resident memory of the process tree beside weights and cache: the engine, tokens, and outputs in flight."""
+    """Resident memory of the process tree beside weights and cache: the engine, texts, tokens and answers.
+
+    `suffix` encodes a window of requests ahead of the one in the engine and keeps a pair of numbers of each answer;
+    `stock` encodes all requests and keeps an object for every prompt token of those that were submitted.
+    """
     in_flight = min(settings.submit_batch, max(work.requests, 1)) * work.mean_tokens
-    outputs = in_flight * (STOCK_BYTES_PER_TOKEN if scoring == "stock" and work.loglikelihood else 0)
+    held = work.prompt_tokens * TEXT_BYTES_PER_TOKEN
+    if scoring == "stock":
+        held += work.prompt_tokens * TOKENIZED_BYTES_PER_TOKEN
+        held += math.ceil(in_flight * STOCK_BYTES_PER_TOKEN) if work.loglikelihood else 0
+    else:
+        held += math.ceil(2 * in_flight * TOKENIZED_BYTES_PER_TOKEN)
     base = ENGINE_HOST_BYTES if on_gpu else ENGINE_HOST_BYTES_CPU
-    return math.ceil(base * (settings.tensor_parallel_size + 1) / 2 + outputs + host_tokens_bytes(work))
-
-
-def host_tokens_bytes(work: Work) -> int:
-    return work.prompt_tokens * TOKENIZED_BYTES_PER_TOKEN
+    # Another rank is another process, with about half of what parent and first rank take.
+    return base * (settings.tensor_parallel_size + 1) // 2 + held
 
 
 def predict(
@@ -248,7 +253,7 @@ def predict(
     sampler = sampler_bytes(facts, settings, runner, work.generated_tokens > 0)
     graphs = 0 if settings.enforce_eager else GRAPHS_BASE_BYTES + GRAPHS_BYTES_PER_LAYER * facts.layers
     context = (CONTEXT_BYTES + (NCCL_BYTES if tp > 1 else 0)) if on_gpu else 0
-    transient = prompt_logprobs_bytes(facts, settings, runner, scoring, work.longest_tokens) * work.loglikelihood
+    transient = prompt_logprobs_bytes(facts, settings, runner, work.longest_tokens) * work.loglikelihood
     if settings.kv_cache_memory_bytes is not None:
         cache = settings.kv_cache_memory_bytes
     else:

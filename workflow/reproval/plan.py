@@ -54,8 +54,8 @@ def make_plan(
     """Plan one model's evaluation.
 
     `asked` gives dtype, quantization and max_model_len that the user wants; they hold whatever the policy says.
-    `scoring` is "suffix" where loglikelihood requests compute logits of their continuations only, "stock" for
-    lm-eval's own requests. `runner` defaults to V2 on a GPU and to V1 on the CPU, which has only stock requests.
+    `scoring` is "suffix" for reproval's own requests and "stock" for lm-eval's, which hold more host memory.
+    `runner` is vLLM's model runner: by default V2 on a GPU, and V1 on the CPU, where V2 lacks Triton.
     Raises ConfigError if the tiers file lacks the policy.
     """
     runner = runner or ("v2" if hardware.gpus else "v1")
@@ -71,7 +71,7 @@ def make_plan(
         start=chosen_policy.start_of(tier.name),
         tier=tier.name,
         runner=runner,
-        scoring=scoring if runner == "v2" else "stock",
+        scoring=scoring,
     )
     reasons = Reasons()
     reasons.add(
