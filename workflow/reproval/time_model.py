@@ -39,8 +39,9 @@ PREFILL_EFFICIENCY = 0.5
 BANDWIDTH_EFFICIENCY = 0.7
 """Shares of peak operations in prefill and of peak bandwidth in decode: assumed, and together fitted to the one
 measurement with graphs, 11,606 tokens/s on an H100 (256 requests, 500 tokens in, 256 out, Qwen3-4B)."""
-REQUEST_S = 1e-3
-"""Python for one request (measured: about 1 ms)."""
+REQUEST_S, REQUEST_CPU_S = 1e-3, 0.08
+"""Least for one request: 1 ms of Python measured beside a GPU; on two CPU cores, of the 24 s that 234 short requests
+to a 135M model were measured to take, what arithmetic does not explain."""
 EAGER_STEP_S_PER_LAYER = 0.41e-3
 """Fitted to the same measurement without graphs, 6,952 tokens/s: what launching the kernels of 36 layers adds."""
 
@@ -59,7 +60,7 @@ def estimate(facts: ModelFacts, work: Work, settings: EngineSettings, hardware: 
     active = active_parameters(facts)
     prefill = 2 * active * work.prefill_tokens / (operations * PREFILL_EFFICIENCY * tp)
     decode = _decode_s(facts, work, settings, weights, bandwidth * BANDWIDTH_EFFICIENCY, hardware.gpus > 0)
-    seconds = prefill + decode + work.requests * REQUEST_S
+    seconds = prefill + decode + work.requests * (REQUEST_S if hardware.gpus else REQUEST_CPU_S)
     return TimeEstimate(
         engine_start_s=round(start, 1),
         work_s=round(seconds, 1),
