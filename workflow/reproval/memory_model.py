@@ -43,7 +43,7 @@ GRAPHS_BYTES_PER_LAYER = 12 * MIB
 ENGINE_HOST_BYTES = 6 * GIB
 """Assumed: Python, CUDA libraries and pinned buffers of the parent and one worker on a GPU machine."""
 ENGINE_HOST_BYTES_CPU = 2560 * MIB
-"""The same for the CPU build, without weights and cache: 1.5 and 2.3 GiB measured in two evaluations of a 135M model."""
+"""The same for the CPU build, without weights and cache: 1.5 and 2.3 GiB measured in evaluations of a 135M model."""
 STOCK_BYTES_PER_TOKEN = 560
 """Host bytes per submitted prompt token of a request with prompt_logprobs (measured: 5.6 GB per 10 million)."""
 TOKENIZED_BYTES_PER_TOKEN = 40
