@@ -246,6 +246,18 @@ def test_a_signal_to_the_supervisor_ends_the_child(lab: Lab, number: signal.Sign
     assert lab.left() == []
 
 
+def test_a_batch_system_that_signals_every_process_is_obeyed(lab: Lab) -> None:
+    said = "signal.signal(signal.SIGTERM, lambda *_: (print('asked to end', flush=True), sys.exit(0)))"
+    process = lab.start_supervisor(f"{said}; offspring(); time.sleep(600)")
+    for pid in [*lab.pids(), process.pid]:
+        os.kill(pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=20)
+    assert output.split()[:2] == ["False", "interrupted"]
+    assert "guardian" not in output
+    assert "asked to end" in lab.log.read_text()
+    assert lab.left() == []
+
+
 def test_a_second_signal_does_not_wait_for_the_grace(lab: Lab) -> None:
     process = lab.start_supervisor(
         "signal.signal(signal.SIGTERM, signal.SIG_IGN); offspring(); time.sleep(600)", GRACE="600"
