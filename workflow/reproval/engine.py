@@ -80,26 +80,19 @@ def environment(run: RunFile) -> dict[str, str]:
     return chosen
 
 
-def engine_arguments(task: ChildTask) -> dict[str, Any]:
-    """Arguments of vLLM's LLM(), as lm-eval's model class passes them on."""
-    settings = task.settings
-    asked: dict[str, Any] = {
-        "pretrained": task.model_folder,
-        "trust_remote_code": task.run.run.model.trust_remote_code,
-        "dtype": settings.dtype,
-        "quantization": settings.quantization,
-        "kv_cache_dtype": settings.kv_cache_dtype,
-        "max_model_len": settings.max_model_len,
-        "max_num_batched_tokens": settings.max_num_batched_tokens,
-        "max_num_seqs": settings.max_num_seqs,
-        "enforce_eager": settings.enforce_eager,
-        "tensor_parallel_size": settings.tensor_parallel_size,
-        "seed": settings.seed,
-    }
+def settings_arguments(settings: EngineSettings) -> dict[str, Any]:
+    """Arguments of vLLM's LLM() for these settings; what they leave open is left out."""
+    asked = settings.model_dump(exclude={"submit_batch"})
     for name in ("gpu_memory_utilization", "kv_cache_memory_bytes"):
-        if (value := getattr(settings, name)) is not None:
-            asked[name] = value
+        if asked[name] is None:
+            del asked[name]
     return asked
+
+
+def engine_arguments(task: ChildTask) -> dict[str, Any]:
+    """What lm-eval's model class passes on to LLM()."""
+    model = {"pretrained": task.model_folder, "trust_remote_code": task.run.run.model.trust_remote_code}
+    return model | settings_arguments(task.settings)
 
 
 def resolved_arguments(config: Any) -> dict[str, Any]:
