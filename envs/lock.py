@@ -6,10 +6,13 @@ one. `envs/lock` calls this; `envs/lock --upgrade` lets go of the pins that the 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from install import ENVS, TORCH_INDEX, InstallError, Uv
@@ -58,10 +61,10 @@ def compile_lock(uv: Uv, name: str, *more: str, deadline_s: float = 600) -> str:
         *uv.no_index,
         *more,
     ]
-    environment = dict(uv.environment)
-    if name != "cpu":
-        # A local torch 2.13.0+cpu counts as 2.13.0, and would end up in the GPU's lock.
-        environment.pop("UV_FIND_LINKS", None)
+    # One index, and nothing beside it: of a package that a local folder or index holds too, uv would take that copy and
+    # its hash alone. A local torch 2.13.0+cpu counts as 2.13.0, and would end up in the GPU's lock.
+    beside = ("UV_INDEX", "UV_EXTRA_INDEX_URL", "UV_FIND_LINKS")
+    environment = {key: value for key, value in uv.environment.items() if key not in beside}
     before = (ENVS / f"{name}.txt").read_bytes() if (ENVS / f"{name}.txt").exists() else None
     try:
         done = subprocess.run(command, cwd=ENVS, env=environment, capture_output=True, text=True, timeout=deadline_s)
@@ -90,6 +93,22 @@ def lock_torch(uv: Uv) -> str:
         return kept
 
 
+@contextlib.contextmanager
+def torch_links(uv: Uv) -> Iterator[str]:
+    """Where uv finds what the CPU torch depends on: in a wheel of pip's find-links, else on PyTorch's page of torch.
+
+    Only torch: those places may hold copies of other packages.
+    """
+    pin = re.search(r"^torch==(\S+)", (ENVS / "torch-cpu.in").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    version = pin[1] if pin else ""
+    folders = [Path(link) for link in uv.environment.get("UV_FIND_LINKS", "").split(",") if "://" not in link]
+    wheels = [wheel for folder in folders for wheel in folder.glob(f"torch-{version}-*.whl")]
+    with tempfile.TemporaryDirectory() as made:
+        for wheel in wheels:
+            (Path(made) / wheel.name).symlink_to(wheel.resolve())
+        yield made if wheels else f"{TORCH_INDEX}/torch/"
+
+
 def lock(uv: Uv, name: str, *upgrade: str) -> str:
     if name == "torch-cpu":
         return lock_torch(uv)
@@ -97,11 +116,8 @@ def lock(uv: Uv, name: str, *upgrade: str) -> str:
         # Its dependencies are what would run the model; here it is only unpacked.
         return compile_lock(uv, name, "--no-deps", *upgrade)
     if name == "cpu":
-        try:
-            return compile_lock(uv, name, *upgrade)
-        except InstallError:
-            # As find-links, and only torch's page: the index has copies of other packages too.
-            return compile_lock(uv, name, "--find-links", f"{TORCH_INDEX}/torch/", *upgrade)
+        with torch_links(uv) as links:
+            return compile_lock(uv, name, "--find-links", links, *upgrade)
     return compile_lock(uv, name, *upgrade)
 
 
