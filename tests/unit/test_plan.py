@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reproval import plan as command
-from reproval.files import read_record, write_record
+from reproval.files import write_record
 from reproval.memory_model import GIB, cache_bytes_per_token, predict, prompt_logprobs_bytes, summarize
 from reproval.plan import make_plan, table
 from reproval.plan_ladder import divides
@@ -529,20 +528,8 @@ def files(tmp_path: Path) -> list[str]:
     model: ModelFacts = facts("SmolLM2-135M")
     record = Facts(run=run.name, model="smol", model_digest="0" * 64, model_facts=model, tasks=[CHOICES])
     write_record(tmp_path / "facts.json", record)
-    return ["make", "--run-json", f"{tmp_path}/run.json", "--facts", f"{tmp_path}/facts.json",
+    return ["make", "--run", f"{tmp_path}/run.json", "--facts", f"{tmp_path}/facts.json",
             "--tiers", str(ROOT / "config" / "tiers.yaml"), "--out", f"{tmp_path}/plan.json"]  # fmt: skip
-
-
-def test_an_unchanged_plan_keeps_its_time(files: list[str]) -> None:
-    out = Path(files[-1])
-    assert command.main(files) == 0
-    os.utime(out, ns=(1, 1))
-    assert command.main(files) == 0
-    assert out.stat().st_mtime_ns == 1
-    assert command.main([*files, "--policy", "published"]) == 0
-    assert out.stat().st_mtime_ns != 1
-    plan = read_record(out, Plan)
-    assert (plan.policy, plan.ladder[0].settings.seed) == ("published", 7)
 
 
 def test_a_wrong_tiers_file_ends_with_its_problem(

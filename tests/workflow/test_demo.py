@@ -104,7 +104,7 @@ def test_one_engine_start_serves_all_tasks_of_a_model(done: Path) -> None:
 def test_scores_are_those_of_stock_lm_eval(
     done: Path, engine: Path, demo_model: Path, tmp_path: Path, model: str
 ) -> None:
-    settings = f"pretrained={demo_model},dtype={DTYPES[model]},enforce_eager=True,gpu_memory_utilization=0.1"
+    settings = f"pretrained={demo_model},dtype={DTYPES[model]},enforce_eager=True"
     tasks = ["--tasks", ",".join(TASKS), "--include_path", str(BASE / "config/demo/tasks")]
     output = ["--batch_size", "auto", "--output_path", str(tmp_path)]
     subprocess.run(

@@ -271,23 +271,13 @@ def _row(plan: Plan) -> tuple[str, ...]:
     return plan.model, size, plan.tier, levers or "none", peak, time
 
 
-def _write_if_changed(path: Path, plan: Plan) -> None:
-    """Leave an equal plan untouched: its time stamp decides what Snakemake runs again."""
-    try:
-        if read_record(path, Plan) == plan:
-            return
-    except RecordError:
-        pass  # Missing, cut off, or of another version: it is written anew.
-    write_record(path, plan)
-
-
 def main(arguments: list[str] | None = None) -> int:
     from reproval.run_file import RunFile
 
     parser = argparse.ArgumentParser(prog="python -m reproval.plan", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("make", help="Plan one run.")
-    make.add_argument("--run-json", dest="run", type=Path, required=True, help="The run: model, hardware, policy.")
+    make.add_argument("--run", type=Path, required=True, help="The run: model, hardware, policy.")
     make.add_argument("--facts", type=Path, required=True)
     make.add_argument("--tiers", type=Path, required=True)
     make.add_argument("--policy", help="Instead of the run's own.")
@@ -317,7 +307,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, RecordError) as error:
         print(error, file=sys.stderr)
         return 2
-    _write_if_changed(options.out, plan)
+    write_record(options.out, plan)
     return 0
 
 

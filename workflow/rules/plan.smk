@@ -30,7 +30,7 @@ rule make_plan:
     container:
         None
     shell:
-        "{CONTROLLER} -m reproval.plan make --run-json {input.run:q} --facts {input.facts:q} --tiers {input.tiers:q}"
+        "{CONTROLLER} -m reproval.plan make --run {input.run:q} --facts {input.facts:q} --tiers {input.tiers:q}"
         " --out {output:q} 2> {log:q}"
 
 
