@@ -166,3 +166,10 @@ def test_results_of_another_run_are_refused(tmp_path: Path) -> None:
     write_record(project.evaluations[0], evaluation.model_copy(update={"units": [other]}))
     with pytest.raises(RecordError, match=r"result.json: key: expected 0000"):
         collect.load(project.results, project.evaluations)
+
+
+def test_the_order_of_the_lines_does_not_matter() -> None:
+    lines = [{"/": (i, hashed * 32, "cd" * 32), "acc": float(i)} for i, hashed in enumerate(["ab", "ef", "ab"])]
+    forward, backward = collect._columns(lines[:]), collect._columns(lines[::-1])
+    assert np.array_equal(forward.documents, backward.documents)
+    assert np.array_equal(forward.values["acc"], backward.values["acc"])

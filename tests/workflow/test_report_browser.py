@@ -73,16 +73,24 @@ def chromium(page: Path, folder: Path, *arguments: str, width: int = 1280, dark:
     return done.stdout
 
 
+FRAME = """<!doctype html><meta name="color-scheme" content="light dark">
+<body><pre id="answer"></pre><iframe src="probe.html" style="border: 0; width: %dpx; height: 2400px"></iframe>
+<script>addEventListener("message", ({ data }) => document.getElementById("answer").append(data));</script>"""
+
+
 def ask(page: Path, folder: Path, name: str, *, width: int = 1280, dark: bool = False) -> Any:
-    """The JSON value that a probe of report_probes.js returns, after the page's own script has run."""
-    probe = folder / "probe.html"
-    script = f"{PROBES.read_text(encoding='utf-8')}\nanswer.textContent = JSON.stringify(probes.{name}());"
-    tail = f"<pre id=answer></pre><script>{script}</script></body>"
-    probe.write_text(page.read_text(encoding="utf-8").replace("</body>", tail), encoding="utf-8")
-    dom = chromium(probe, folder, "--dump-dom", width=width, dark=dark)
-    found = re.search(r'<pre id="answer">(.*?)</pre>', dom, re.DOTALL)
-    assert found, "the page's script failed"
-    assert found[1], "the probing script failed"
+    """The JSON value that a probe of report_probes.js returns, after the page's own script has run.
+
+    The page lies in a frame of the given width, because Chromium's own window is never narrower than 500 pixels.
+    """
+    script = f"{PROBES.read_text(encoding='utf-8')}\nparent.postMessage(JSON.stringify(probes.{name}()), '*');"
+    text = page.read_text(encoding="utf-8").replace("</body>", f"<script>{script}</script></body>")
+    (folder / "probe.html").write_text(text, encoding="utf-8")
+    frame = folder / "frame.html"
+    frame.write_text(FRAME % width, encoding="utf-8")
+    dom = chromium(frame, folder, "--virtual-time-budget=5000", "--dump-dom", width=1400, dark=dark)
+    found = re.search(r'<pre id="answer">(.+?)</pre>', dom, re.DOTALL)
+    assert found, f"the page's script or the probe {name} failed"
     return json.loads(html.unescape(found[1]))
 
 

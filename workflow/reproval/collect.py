@@ -10,12 +10,14 @@ import argparse
 import csv
 import gzip
 import json
+import math
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ PARALLEL_FROM_BYTES = 4_000_000
 
 @dataclass(frozen=True)
 class TaskSamples:
-    """What one leaf task with one filter left for every document, in the order of lm-eval's documents.
+    """What one leaf task with one filter left for every document, ordered by `documents` so that two models' align.
 
     `documents` and `prompts` are the first 64 bits of lm-eval's hashes. `values` holds plain numbers by metric, NaN
     where a document has none; `weighted` holds (log-likelihood, weight) by metric, as rolling tasks log them.
@@ -56,7 +58,7 @@ class UnitData:
     result: UnitResult
     samples: dict[SampleKey, TaskSamples]
 
-    @property
+    @cached_property
     def groups(self) -> dict[str, list[str]]:
         """Group -> leaf tasks, however deep lm-eval nests them."""
         children = self.result.group_subtasks
@@ -66,7 +68,7 @@ class UnitData:
 
         return {name: sorted(set(leaves(name))) for name in children if children[name]}
 
-    @property
+    @cached_property
     def top_tasks(self) -> set[str]:
         """The tasks and groups that no group with a score of its own stands for."""
         scored = {score.task for score in self.result.scores}
@@ -126,19 +128,20 @@ def _columns(rows: list[dict[str, Any]]) -> TaskSamples:
         # Equal documents in one task are told apart by which occurrence they are.
         documents.append((_short(row["/"][1]) + seen[row["/"][1]]) % 2**64)
         seen[row["/"][1]] += 1
+    order = np.argsort(np.array(documents, dtype=np.uint64), kind="stable")
     values: dict[str, Floats] = {}
     weighted: dict[str, tuple[Floats, Floats]] = {}
     for metric in dict.fromkeys(name for row in rows for name in row if name != "/"):
         column = [row.get(metric) for row in rows]
         given = [v for v in column if v is not None]
         if all(isinstance(v, int | float) for v in given):
-            values[metric] = np.array([np.nan if v is None else float(v) for v in column], dtype=np.float64)
+            values[metric] = np.array([np.nan if v is None else float(v) for v in column], dtype=np.float64)[order]
         elif all(isinstance(v, list) and len(v) == 2 and all(isinstance(x, int | float) for x in v) for v in given):
-            pairs = np.array([(np.nan, np.nan) if v is None else v for v in column], dtype=np.float64)
+            pairs = np.array([(np.nan, np.nan) if v is None else v for v in column], dtype=np.float64)[order]
             weighted[metric] = (pairs[:, 0], pairs[:, 1])
     return TaskSamples(
-        np.array(documents, dtype=np.uint64),
-        np.array([_short(row["/"][2]) for row in rows], dtype=np.uint64),
+        np.array(documents, dtype=np.uint64)[order],
+        np.array([_short(row["/"][2]) for row in rows], dtype=np.uint64)[order],
         values,
         weighted,
     )
@@ -194,7 +197,7 @@ def finite(values: Floats) -> Floats:
 
 def is_mean(score: Score, values: Floats) -> bool:
     """Whether lm-eval's value is the mean of these per-document values: the value tells how it was aggregated."""
-    return bool(values.size) and bool(np.isclose(values.mean(), score.value, rtol=1e-6, atol=1e-9))
+    return values.size > 0 and math.isclose(float(values.mean()), score.value, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def score_interval(score: Score, unit: UnitData) -> Interval | None:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from reproval import statistics
 from reproval.collect import ModelData, TaskSamples, UnitData, is_mean
@@ -71,12 +70,12 @@ def _unit(model: ModelData, line: Headline) -> UnitData | None:
     return next((u for u in model.units if u.result.suite == line.suite and line.task in u.top_tasks), None)
 
 
-def _same_documents(a: TaskSamples, b: TaskSamples) -> tuple[NDArray[np.intp], NDArray[np.intp]] | str:
-    """Positions that put both models' samples into one order, or why they cannot be paired."""
-    if a.documents.size != b.documents.size or not np.array_equal(np.sort(a.documents), np.sort(b.documents)):
-        shared = np.intersect1d(a.documents, b.documents).size
-        return f"not the same documents: {a.documents.size} and {b.documents.size}, {shared} of them shared"
-    return np.argsort(a.documents), np.argsort(b.documents)
+def _other_documents(a: TaskSamples, b: TaskSamples) -> str | None:
+    """Why two models' samples cannot be paired; None if they are of the same documents."""
+    if np.array_equal(a.documents, b.documents):
+        return None
+    shared = np.intersect1d(a.documents, b.documents).size
+    return f"not the same documents: {a.documents.size} and {b.documents.size}, {shared} of them shared"
 
 
 def compare(a: ModelData, b: ModelData, line: Headline, alpha: float) -> tuple[Comparison, bool] | str:
@@ -95,20 +94,18 @@ def compare(a: ModelData, b: ModelData, line: Headline, alpha: float) -> tuple[C
         sa, sb = ua.samples.get((leaf, line.filter)), ub.samples.get((leaf, line.filter))
         if sa is None or sb is None:
             return f"{leaf} has no samples with filter {line.filter} for both models"
-        order = _same_documents(sa, sb)
-        if isinstance(order, str):
-            return order
-        ia, ib = order
-        prompts_equal &= np.array_equal(sa.prompts[ia], sb.prompts[ib])
+        if reason := _other_documents(sa, sb):
+            return reason
+        prompts_equal &= np.array_equal(sa.prompts, sb.prompts)
         if line.metric in sa.values and line.metric in sb.values:
-            va, vb = sa.values[line.metric][ia], sb.values[line.metric][ib]
+            va, vb = sa.values[line.metric], sb.values[line.metric]
             both = ~(np.isnan(va) | np.isnan(vb))
             values.append((va[both], vb[both]))
         elif line.metric in sa.weighted and line.metric in sb.weighted:
             (xa, wa), (xb, wb) = sa.weighted[line.metric], sb.weighted[line.metric]
-            if not np.array_equal(wa[ia], wb[ib]):
+            if not np.array_equal(wa, wb):
                 return "the documents have different lengths for the two models"
-            weighted.append((xa[ia], xb[ib], wa[ia]))
+            weighted.append((xa, xb, wa))
     result = _test(line, ua, ub, leaves, values, weighted, alpha)
     if result is None:
         return "the score is not a mean of its samples, or there are fewer than two"

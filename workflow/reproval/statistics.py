@@ -57,6 +57,8 @@ def is_binary(values: Floats) -> bool:
 # --- intervals -----------------------------------------------------------------------------------------------------
 
 
+# Many scores share a count and an n, and statsmodels takes a tenth of a millisecond for each.
+@cache
 def wilson(successes: float, n: float, level: float = LEVEL, method: str = "Wilson") -> Interval:
     """Wilson score interval for `successes` of `n`, clipped to [0, 1].
 
