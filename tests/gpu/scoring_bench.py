@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import random
@@ -50,8 +51,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 CASES = ("mmlu5", "arc25", "arc25_fixed", "zero1", "hellaswag", "lambada", "gsm8k", "perplexity")
-# Cases whose tasks read no is_greedy: there both ways of reading prompt rows are measured.
-UNREAD = ("arc25", "arc25_fixed", "hellaswag")
+# Sides beside ours and stock. Where no metric reads is_greedy, rows can be read in two ways; "unread" chooses itself.
+MORE_SIDES = {
+    "arc25": ["ours_unread", "ours_ids", "ours_mixed"],
+    "arc25_fixed": ["ours_unread", "ours_ids", "ours_mixed"],
+    "hellaswag": ["ours_unread", "ours_ids", "ours_mixed"],
+    "perplexity": ["ours_mixed"],
+}
+# Documents of a case, by model: so that all takes about eight minutes on an H100.
+SCALE = {"real": 2.0, "qwen3-4b": 1.0, "llama-3-8b": 0.5, "qwen3-32b": 0.15}
 
 
 def say(*words: object) -> None:
@@ -211,17 +219,20 @@ def timed_encoding(lm: Any) -> Iterator[list[float]]:
 
 
 def run_side(lm: Any, side: str, method: str, requests: list[Any]) -> dict[str, Any]:
-    """Run one side: stock, ours (is_greedy always), ours_unread (is_greedy read by nobody)."""
+    """Run one side: stock, ours (is_greedy always), ours_unread, _ids, _mixed (is_greedy read by nobody)."""
     import torch
 
-    lm.scoring = "stock" if side.startswith("stock") else "auto"
-    lm.greedy_unread = {request.task_name for request in requests} if side == "ours_unread" else set()
+    lm.scoring = {"ours_ids": "token_ids", "ours_mixed": "prompt_logprobs"}.get(
+        side, "stock" if side.startswith("stock") else "auto"
+    )
+    lm.greedy_unread = {request.task_name for request in requests} if side.startswith("ours_") else set()
     lm.batch_size = 64 if side == "stock_64" else "auto"
     lm.reset_paths()
     lm.model.reset_prefix_cache()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     with PeakMemory() as memory, timed_encoding(lm) as encoding:
         begin = time.perf_counter()
         results = getattr(lm, method)(requests, disable_tqdm=True)
@@ -235,6 +246,7 @@ def run_side(lm: Any, side: str, method: str, requests: list[Any]) -> dict[str, 
         "seconds": round(seconds, 3),
         "encoding_s": round(encoding[0], 3),
         "gpu_peak_bytes": memory.gpu,
+        "allocated_peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
         "host_peak_bytes": memory.host,
         "paths": paths,
         "results": results,
@@ -281,7 +293,8 @@ def told(row: dict[str, Any]) -> str:
     parts = [f"{key.replace('_', ' ')} {row[key]:.3g}" for key in numbers if key in row]
     if "encoding_s" in row:
         parts.append(f"encoding {row['encoding_s']:.2f} s")
-        parts.append(f"GPU {row['gpu_peak_bytes'] / 2**30:.2f} GiB host {row['host_peak_bytes'] / 2**30:.2f} GiB")
+        peaks = [row[f"{kind}_peak_bytes"] / 2**30 for kind in ("gpu", "allocated", "host")]
+        parts.append("GPU {:.2f} GiB ({:.2f} allocated), host {:.2f} GiB".format(*peaks))
     return ", ".join([*parts, " ".join(f"{key}={value}" for key, value in row["paths"].items() if value)])
 
 
@@ -289,7 +302,7 @@ def bench_case(
     lm: Any, case: str, method: str, requests: list[Any], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     # Ours first: the process keeps what the allocator once took, so the later side shows the higher peak of both.
-    sides = ["ours", *(["ours_unread"] if case in UNREAD else []), "stock", *(["stock_64"] if options.noise else [])]
+    sides = ["ours", *MORE_SIDES.get(case, []), "stock", *(["stock_64"] if options.noise else [])]
     for side in ("ours", "stock"):
         run_side(lm, side, method, requests[:8])  # Kernels are compiled at their first use.
     runs = {side: run_side(lm, side, method, requests) for side in sides}
@@ -311,7 +324,7 @@ def bench_case(
 # --- probe ------------------------------------------------------------------------------------------------------------
 
 
-def probe(lm: Any) -> list[dict[str, Any]]:
+def probe(lm: Any) -> Iterator[dict[str, Any]]:
     """Edge cases in every way of scoring against stock. Prints what differs."""
     writer = Writer(lm.tokenizer)
     block = lm._block_size
@@ -333,30 +346,27 @@ def probe(lm: Any) -> list[dict[str, Any]]:
     cases["greedy"] = choices_of(
         "probe", 0, "Monday, Tuesday, Wednesday, Thursday", [" Friday", ", Friday, Saturday, Sunday", ", Friday, dog"]
     )
-    rows: list[dict[str, Any]] = []
     for name, requests in cases.items():
         try:
             stock = run_side(lm, "stock", "loglikelihood", requests)["results"]
         except Exception:
             say(f"  {name}: stock failed\n{traceback.format_exc()}")
             continue
-        for scoring, unread, batch in (
-            ("auto", False, 2048), ("auto", True, 2048), ("auto", False, 1), ("auto", True, 1),
-        ):  # fmt: skip
+        # One request at a time, none knows of the others: what the second pass is for.
+        for side, batch in itertools.product(("ours", "ours_ids", "ours_mixed"), (2048, 1)):
+            if batch == 1 and len(requests) > 8:
+                continue
+            row: dict[str, Any] = {"case": name, "side": side, "submit_batch": batch}
             try:
-                lm.scoring, lm.submit_batch = scoring, batch
-                side = run_side(lm, "ours_unread" if unread else "ours", "loglikelihood", requests)
-                row = {"case": name, "unread": unread, "submit_batch": batch, "paths": side["paths"]}
-                row |= compare("loglikelihood", requests, side["results"], stock)
-                rows.append(row)
+                lm.submit_batch = batch
+                run = run_side(lm, side, "loglikelihood", requests)
+                row |= {"paths": run["paths"], **compare("loglikelihood", requests, run["results"], stock)}
                 same = row["max_difference"] == 0 and not row["changed_greedy"]
-                verdict = "equal" if same else "DIFFERS"
-                say(f"  {name:20} unread={unread!s:5} batch={batch:4} {verdict} {told(row)}")
+                say(f"  {name:20} {side:10} batch={batch:4} {'equal' if same else 'DIFFERS'} {told(row)}")
             except Exception:
-                rows.append({"case": name, "unread": unread, "submit_batch": batch, "error": traceback.format_exc()})
-                say(f"  {name} unread={unread} batch={batch} FAILED\n{traceback.format_exc()}")
-    lm.submit_batch = 2048
-    return rows
+                row["error"] = traceback.format_exc()
+                say(f"  {name} {side} batch={batch} FAILED\n{row['error']}")
+            yield row
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -397,18 +407,19 @@ def child(model: str, options: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     out = Path(options.child_out)
     if options.probe:
-        rows = probe(lm)
+        for row in probe(lm):
+            rows.append(row)
+            out.write_text(json.dumps(rows), encoding="utf-8")
     else:
         for case in options.cases:
             try:
                 writer = Writer(lm.tokenizer)
-                method, requests = work(case, options.counts[case], writer, options, lm.max_length)
+                method, requests = work(case, options.counts_by_model[model][case], writer, options, lm.max_length)
                 rows += bench_case(lm, case, method, requests, options)
             except Exception:
                 rows.append({"case": case, "error": traceback.format_exc()})
                 say(f"  {case} FAILED\n{traceback.format_exc()}")
             out.write_text(json.dumps(rows), encoding="utf-8")
-    out.write_text(json.dumps(rows), encoding="utf-8")
     sys.stdout.flush()
     os._exit(0)  # The engine's own shutdown may hang; the parent ends the group.
 
@@ -462,7 +473,7 @@ def main() -> None:
     parser.add_argument("--submit-batch", type=int, default=2048)
     parser.add_argument("--utilization", type=float)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--limit", type=float, default=240, help="seconds for one model")
+    parser.add_argument("--limit", type=float, default=200, help="seconds for one model")
     parser.add_argument("--noise", action="store_true", help="also stock at batch_size=64: what another batch changes")
     parser.add_argument("--probe", action="store_true")
     parser.add_argument("--rehearse", action="store_true", help="the real model only, tiny counts")
@@ -485,7 +496,13 @@ def main() -> None:
         "mmlu5": 200, "arc25": 60, "arc25_fixed": 60, "zero1": 400, "hellaswag": 300, "lambada": 400, "gsm8k": 128,
         "perplexity": 40,
     }  # fmt: skip
-    options.counts = (tiny if options.rehearse else full) | counts_of(options.counts)
+    asked = counts_of(options.counts)
+    options.counts_by_model = {
+        model: {case: max(round(number * scale), 8) for case, number in full.items()} | asked
+        for model, scale in SCALE.items()
+    }
+    if options.rehearse:
+        options.counts_by_model = {"real": tiny | asked}
     if options.rehearse:
         options.models, options.max_model_len = "real", min(options.max_model_len, 1024)
     if options.probe:
