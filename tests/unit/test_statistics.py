@@ -164,14 +164,13 @@ def test_the_weights_of_a_group_are_recognized_by_its_value() -> None:
 
 def test_a_group_weighted_by_size_is_one_mcnemar_table() -> None:
     rng = np.random.default_rng(5)
-    pairs = [(rng.integers(0, 2, n).astype(float), rng.integers(0, 2, n).astype(float)) for n in (30, 90)]
-    by_size = st.compare_strata(pairs, [0.25, 0.75])
-    pooled = st.compare_binary(np.concatenate([a for a, _ in pairs]), np.concatenate([b for _, b in pairs]))
-    assert by_size == pooled
-    equal = st.compare_strata(pairs, [0.5, 0.5])
+    a, b = rng.integers(0, 2, (2, 120)).astype(float)
+    assert st.compare_strata(a, b, [30, 90], [0.25, 0.75], True) == st.compare_binary(a, b)
+    equal = st.compare_strata(a, b, [30, 90], [0.5, 0.5], True)
     assert equal is not None
     assert equal.method == "stratified"
-    assert equal.effect == pytest.approx(np.mean([(a - b).mean() for a, b in pairs]))
+    assert equal.effect == pytest.approx(((a - b)[:30].mean() + (a - b)[30:].mean()) / 2)
+    assert st.compare_strata(a[:2], b[:2], [1, 1], [0.4, 0.6], False) is None
 
 
 @pytest.mark.parametrize("kind", ["binary", "mean", "small mean", "ratio", "stratified"])
@@ -187,7 +186,7 @@ def test_equal_models_differ_significantly_no_more_often_than_promised(kind: str
             a, b = (-weights * (2 + 0.2 * rng.standard_normal(n)) for _ in range(2))
             found = st.compare_log_likelihoods(a, b, weights, "ratio")
         elif kind == "stratified":
-            found = st.compare_strata([(rng.random(n), rng.random(n)) for _ in range(3)], [0.5, 0.25, 0.25])
+            found = st.compare_strata(rng.random(n), rng.random(n), [20, 40, 20], [0.5, 0.25, 0.25], False)
         else:
             found = st.compare_means(rng.random(n), rng.random(n))
         assert found is not None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from reproval import statistics
-from reproval.collect import ModelData, TaskSamples, UnitData, is_mean
+from reproval.collect import ModelData, finite, is_mean
+from reproval.records import Score
 from reproval.report_content import Cell, Headline, Pair, Untested
 from reproval.statistics import Comparison, Floats
 
@@ -66,85 +69,89 @@ def _cell(row: dict[str, Any]) -> Cell:
     )
 
 
-def _unit(model: ModelData, line: Headline) -> UnitData | None:
-    return next((u for u in model.units if u.result.suite == line.suite and line.task in u.top_tasks), None)
+@dataclass(frozen=True)
+class Side:
+    """One model's samples of one headline, the leaf tasks of a group one after the other."""
+
+    score: Score
+    sizes: list[int]
+    documents: NDArray[np.uint64]
+    prompts: NDArray[np.uint64]
+    values: Floats
+    weights: Floats | None
+    binary: bool
 
 
-def _other_documents(a: TaskSamples, b: TaskSamples) -> str | None:
-    """Why two models' samples cannot be paired; None if they are of the same documents."""
-    if np.array_equal(a.documents, b.documents):
-        return None
-    shared = np.intersect1d(a.documents, b.documents).size
-    return f"not the same documents: {a.documents.size} and {b.documents.size}, {shared} of them shared"
+def side(model: ModelData, line: Headline) -> Side | str:
+    """What one model brings to the comparisons of a headline, or why it brings nothing."""
+    unit = next((u for u in model.units if u.result.suite == line.suite and line.task in u.top_tasks), None)
+    key = (line.task, line.metric, line.filter)
+    score = next((s for s in unit.result.scores if (s.task, s.metric, s.filter) == key), None) if unit else None
+    if unit is None or score is None:
+        return f"{model.label} was not evaluated on it"
+    leaves = unit.groups.get(line.task, []) if line.group else [line.task]
+    samples = [s for leaf in leaves if (s := unit.samples.get((leaf, line.filter)))]
+    if not samples or len(samples) < len(leaves):
+        return f"{model.label} has no samples with filter {line.filter}"
+    columns = [s.values[line.metric] for s in samples if line.metric in s.values]
+    pairs = [s.weighted[line.metric] for s in samples if line.metric in s.weighted]
+    weights = None
+    if len(pairs) == len(samples):
+        columns = [numerators for numerators, _ in pairs]
+        weights = np.concatenate([w for _, w in pairs])
+    elif len(columns) < len(samples):
+        return "the score is not made of numbers by document"
+    values = np.concatenate(columns)
+    return Side(
+        score=score,
+        sizes=[s.documents.size for s in samples],
+        documents=np.concatenate([s.documents for s in samples]),
+        prompts=np.concatenate([s.prompts for s in samples]),
+        values=values,
+        weights=weights,
+        binary=statistics.is_binary(finite(values)),
+    )
 
 
-def compare(a: ModelData, b: ModelData, line: Headline, alpha: float) -> tuple[Comparison, bool] | str:
-    """Compare two models on the documents of one headline; whether their prompts were equal.
-
-    Else, why there is no test.
-    """
-    ua, ub = _unit(a, line), _unit(b, line)
-    if ua is None or ub is None:
-        return f"{(a if ua is None else b).label} was not evaluated on it"
-    leaves = ua.groups.get(line.task, []) if line.group else [line.task]
-    values: list[tuple[Floats, Floats]] = []
-    weighted: list[tuple[Floats, Floats, Floats]] = []
-    prompts_equal = True
-    for leaf in leaves:
-        sa, sb = ua.samples.get((leaf, line.filter)), ub.samples.get((leaf, line.filter))
-        if sa is None or sb is None:
-            return f"{leaf} has no samples with filter {line.filter} for both models"
-        if reason := _other_documents(sa, sb):
-            return reason
-        prompts_equal &= np.array_equal(sa.prompts, sb.prompts)
-        if line.metric in sa.values and line.metric in sb.values:
-            va, vb = sa.values[line.metric], sb.values[line.metric]
-            both = ~(np.isnan(va) | np.isnan(vb))
-            values.append((va[both], vb[both]))
-        elif line.metric in sa.weighted and line.metric in sb.weighted:
-            (xa, wa), (xb, wb) = sa.weighted[line.metric], sb.weighted[line.metric]
-            if not np.array_equal(wa, wb):
-                return "the documents have different lengths for the two models"
-            weighted.append((xa, xb, wa))
-    result = _test(line, ua, ub, leaves, values, weighted, alpha)
-    if result is None:
-        return "the score is not a mean of its samples, or there are fewer than two"
-    return result, bool(prompts_equal)
+def compare(a: Side, b: Side, alpha: float) -> Comparison | str:
+    """Compare two models on the documents of one headline; else, why there is no test."""
+    if a.sizes != b.sizes or not np.array_equal(a.documents, b.documents):
+        shared = np.intersect1d(a.documents, b.documents).size
+        return f"not the same documents: {a.documents.size} and {b.documents.size}, {shared} of them shared"
+    if (a.weights is None) != (b.weights is None) or not (
+        a.weights is None or b.weights is None or np.array_equal(a.weights, b.weights)
+    ):
+        return "the documents have different lengths for the two models"
+    both = ~(np.isnan(a.values) | np.isnan(b.values))
+    x, y = a.values[both], b.values[both]
+    sizes = [int(part.sum()) for part in np.split(both, np.cumsum(a.sizes)[:-1])] if not both.all() else a.sizes
+    found = _test(a, b, x, y, sizes, a.weights[both] if a.weights is not None else None, alpha)
+    return found or "the score is not a mean of its samples, or there are fewer than two"
 
 
 def _test(
-    line: Headline,
-    ua: UnitData,
-    ub: UnitData,
-    leaves: list[str],
-    values: list[tuple[Floats, Floats]],
-    weighted: list[tuple[Floats, Floats, Floats]],
-    alpha: float,
+    a: Side, b: Side, x: Floats, y: Floats, sizes: list[int], weights: Floats | None, alpha: float
 ) -> Comparison | None:
-    score = next(
-        s for s in ua.result.scores if (s.task, s.metric, s.filter) == (line.task, line.metric, line.filter)
-    )  # fmt: skip
-    if line.group:
-        if len(values) != len(leaves) or not all(x.size for x, _ in values):
-            return None
-        weights = statistics.group_weights(
-            [float(x.mean()) for x, _ in values], [x.size for x, _ in values], score.value
-        )
-        return statistics.compare_strata(values, weights, alpha) if weights else None
-    if len(weighted) == 1:
-        x, y, w = weighted[0]
-        found = statistics.log_likelihood_interval(score.value, x, w)
-        return statistics.compare_log_likelihoods(x, y, w, found[1], alpha) if found else None
-    if len(values) != 1:
+    value = a.score.value
+    if min(sizes) == 0:
         return None
-    x, y = values[0]
-    if is_mean(score, x):
-        if statistics.is_binary(x) and statistics.is_binary(y):
-            return statistics.compare_binary(x, y, alpha)
-        return statistics.compare_means(x, y, alpha)
-    ones = np.ones_like(x)
-    found = statistics.log_likelihood_interval(score.value, x, ones)
-    return statistics.compare_log_likelihoods(x, y, ones, found[1], alpha) if found else None
+    if a.score.group:
+        if weights is not None:
+            return None
+        begins = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        means = (np.add.reduceat(x, begins) / np.asarray(sizes)).tolist()
+        shares = statistics.group_weights(means, sizes, value)
+        return statistics.compare_strata(x, y, sizes, shares, a.binary and b.binary, alpha) if shares else None
+    if weights is None and is_mean(a.score, x):
+        compare_kind = statistics.compare_binary if a.binary and b.binary else statistics.compare_means
+        return compare_kind(x, y, alpha)
+    weights = np.ones_like(x) if weights is None else weights
+    found = statistics.log_likelihood_interval(value, x, weights)
+    return statistics.compare_log_likelihoods(x, y, weights, found[1], alpha) if found else None
+
+
+def _untested(line: Headline, a: ModelData, b: ModelData, reason: str) -> Untested:
+    return Untested(suite=line.suite, task=line.task, a=a.label, b=b.label, reason=reason)
 
 
 def comparisons(models: Sequence[ModelData], lines: Sequence[Headline]) -> tuple[list[Pair], list[Untested]]:
@@ -155,12 +162,15 @@ def comparisons(models: Sequence[ModelData], lines: Sequence[Headline]) -> tuple
     tested: list[tuple[Headline, ModelData, ModelData, Comparison, bool]] = []
     untested: list[Untested] = []
     for line in lines:
+        sides = {model.label: side(model, line) for model in models}
         for a, b in pairs:
-            outcome = compare(a, b, line, alpha)
-            if isinstance(outcome, str):
-                untested.append(Untested(suite=line.suite, task=line.task, a=a.label, b=b.label, reason=outcome))
+            x, y = sides[a.label], sides[b.label]
+            if isinstance(x, str) or isinstance(y, str):
+                untested.append(_untested(line, a, b, x if isinstance(x, str) else str(y)))
+            elif isinstance(outcome := compare(x, y, alpha), str):
+                untested.append(_untested(line, a, b, outcome))
             else:
-                tested.append((line, a, b, *outcome))
+                tested.append((line, a, b, outcome, bool(np.array_equal(x.prompts, y.prompts))))
     adjusted = statistics.holm([c.p_value for *_, c, _ in tested])
     found = []
     for (line, a, b, c, equal), p_holm in zip(tested, adjusted, strict=True):

@@ -273,25 +273,21 @@ def compare_log_likelihoods(
 
 
 def compare_strata(
-    pairs: Sequence[tuple[Floats, Floats]], weights: Sequence[float], alpha: float = 1 - LEVEL
+    a: Floats, b: Floats, sizes: Sequence[int], weights: Sequence[float], binary: bool, alpha: float = 1 - LEVEL
 ) -> Comparison | None:
-    """Two models on the subtasks of a group, with the group's own weights (they sum to 1).
+    """Two models on the subtasks of a group, one after the other, with the group's own weights (they sum to 1).
 
     0/1 scores weighted by size are one pooled McNemar table. Otherwise the weighted mean of the subtasks' differences,
     normal, with each subtask's own variance (Cochran 1977, ch. 5). None if a subtask has fewer than two questions.
     """
-    sizes = np.array([a.size for a, _ in pairs], dtype=np.float64)
-    if not pairs or sizes.min() < 1:
+    if binary and np.allclose(np.asarray(sizes) / sum(sizes), np.asarray(weights)):
+        return compare_binary(a, b, alpha)
+    if min(sizes) < 2:
         return None
-    by_size = np.allclose(sizes / sizes.sum(), np.asarray(weights))
-    if by_size and all(is_binary(a) and is_binary(b) for a, b in pairs):
-        return compare_binary(np.concatenate([a for a, _ in pairs]), np.concatenate([b for _, b in pairs]), alpha)
-    if sizes.min() < 2:
-        return None
-    differences = [a - b for a, b in pairs]
+    differences = np.split(a - b, np.cumsum(sizes)[:-1])
     effect = float(sum(w * d.mean() for w, d in zip(weights, differences, strict=True)))
     se = math.sqrt(sum(w * w * float(d.var(ddof=1)) / d.size for w, d in zip(weights, differences, strict=True)))
-    n = int(sizes.sum())
+    n = sum(sizes)
     if se == 0:
         return Comparison(n, effect, None, None, 1.0 if effect == 0 else 0.0, "stratified")
     z = float(stats.norm.ppf((1 + LEVEL) / 2))
