@@ -319,9 +319,13 @@ def write_project(
                 "seeds": {"engine": 1234, "fewshot": 1234},
                 "batch_invariant": False,
                 "engine_arguments": {
-                    **_settings(model, rung).model_dump(exclude={"submit_batch"}),
-                    "model": f"resources/models/{model.name}",
-                    "revision": _hash("revision", model.name)[:40],
+                    "model_config.dtype": f"torch.{model.dtype}",
+                    "model_config.max_model_len": _settings(model, rung).max_model_len,
+                    "model_config.enforce_eager": True,
+                    "model_config.revision": _hash("revision", model.name)[:40],
+                    "cache_config.gpu_memory_utilization": _settings(model, rung).gpu_memory_utilization,
+                    "scheduler_config.max_num_batched_tokens": _settings(model, rung).max_num_batched_tokens,
+                    "scheduler_config.max_num_seqs": _settings(model, rung).max_num_seqs,
                 },
                 **model.provenance,
             }

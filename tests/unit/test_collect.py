@@ -69,6 +69,8 @@ def test_levers_settings_and_versions_stand_in_every_row(tables: tuple[Path, Pat
     assert {row["model"] for row in changed} == {"qwen3-14b"}
     assert {row["score_levers"] for row in changed} == {"max_model_len"}
     assert {row["max_model_len"] for row in changed} == {2048}
+    # As the engine had it on the rung that finished, not as the plan began.
+    assert {row["max_num_batched_tokens"] for row in changed} == {2048}
     assert {row["dtype"] for row in rows if row["model"] == "smollm2-135m-fp32"} == {"float32"}
     assert {(row["vllm_version"], row["torch_version"]) for row in rows} == {("0.32.0", "2.13.0")}
     cut = {row["task"] for row in rows if row["prompts_cut"]}

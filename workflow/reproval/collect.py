@@ -295,7 +295,9 @@ def engine_settings(unit: UnitData, evaluation: Evaluation) -> dict[str, Any]:
     """The settings that made a unit: from its key, as the engine had them, else those of the attempt that finished."""
     finished = [a.settings for a in evaluation.attempts if a.outcome == "finished"]
     asked = finished[-1].model_dump() if finished and not unit.reference.reused else {}
-    keyed, had = unit.result.made_of.get("engine", {}), unit.result.provenance.engine_arguments
+    keyed = unit.result.made_of.get("engine", {})
+    # vLLM's configuration has sections: scheduler_config.max_num_seqs.
+    had = {name.rpartition(".")[2]: value for name, value in unit.result.provenance.engine_arguments.items()}
     return {name: next((s[name] for s in (keyed, had, asked) if s.get(name) is not None), None) for name in SETTINGS}
 
 
