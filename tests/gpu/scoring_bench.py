@@ -511,6 +511,7 @@ def main() -> None:
         options.batched_tokens = min(options.batched_tokens, 512)
     if options.child:
         child(options.child, options)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # So that the model's process group is ended too.
     rows: list[dict[str, Any]] = []
     for model in options.models.split(","):
         rows += run_model(model, options, sys.argv[1:])

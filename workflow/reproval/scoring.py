@@ -11,9 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
@@ -23,22 +21,19 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.utils import maybe_truncate, postprocess_generated_text
 from lm_eval.models.vllm_causallms import VLLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm  # type: ignore[import-untyped]
 from vllm import SamplingParams
-from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
 
+from reproval.engine_requests import Job, Progress, ahead, read_answer, run_jobs, sampling_params
 from reproval.records import ScoringPath
 from reproval.request_cache import RequestCache, request_digest
 from reproval.requests import (
     FINAL,
     MAX_FINAL_IDS,
-    Answer,
     Pending,
     PlannedRequest,
     Read,
     Span,
-    T,
     Tokens,
     arrange,
     computed_tokens,
@@ -52,16 +47,12 @@ from reproval.requests import (
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
-    from numpy.typing import NDArray
     from vllm import RequestOutput
-    from vllm.logprobs import FlatLogprobs
 
 Scoring = Literal["auto", "token_ids", "prompt_logprobs", "stock"]
 Result = tuple[float, bool | None]
 
 DEFAULT_SUBMIT_BATCH = 2048
-ADD_AT_ONCE = 256
-"""Requests added between two steps of the engine, so that it does not wait for a whole window."""
 ATTEMPTS = 3
 FEW_TOKENS = 64
 """Computed tokens per request up to which logits for all of them cost less than a pass over the output weights.
@@ -88,19 +79,6 @@ class _Item(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class _Job:
-    """One request to the engine. `finish` takes its output and may give one more job.
-
-    `blocks` is what it may fill of the KV cache, where that has to be counted.
-    """
-
-    prompt: list[int]
-    params: SamplingParams
-    finish: Callable[[Any], _Job | None]
-    blocks: int = 0
-
-
-@dataclass(slots=True, eq=False)
 class _Wanted:
     """A span that is being scored, and the items that wait for it."""
 
@@ -111,38 +89,8 @@ class _Wanted:
     again: bool = False
 
 
-class _Progress:
-    """Counts finished lm-eval requests, for a callback or for a bar."""
-
-    def __init__(self, total: int, callback: Callable[[int, int], None] | None, quiet: bool, title: str) -> None:
-        self.done, self.total, self._callback = 0, total, callback
-        self._bar = tqdm(total=total, disable=quiet or callback is not None, desc=title)
-
-    def add(self, number: int = 1) -> None:
-        self.done += number
-        self._bar.update(number)
-        if self._callback is not None and number:
-            self._callback(self.done, self.total)
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-def _by_token_ids(request: PlannedRequest, read: Read | None) -> bool:
-    return read == "token_ids" or (read == "mixed" and bool(request.others))
-
-
 def _array(tokens: Sequence[int]) -> Tokens:
     return np.array(tokens, dtype=np.int32)
-
-
-def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, each made in a thread while the one before it is used."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(next, items, None)
-            yield item
 
 
 def greedy_unread(tasks: Iterable[Any]) -> set[str]:
@@ -199,7 +147,6 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
         self.greedy_unread = {greedy_unread} if isinstance(greedy_unread, str) else set(greedy_unread)
         self.scoring: Scoring = scoring if self.data_parallel_size <= 1 else "stock"
         self.request_cache = None if cache_key is None else RequestCache(Path(str(request_cache)), cache_key)
-        self._ids = count()
         self._counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._stock_tasks: list[str] = []
 
@@ -254,45 +201,9 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
     def reset_paths(self) -> None:
         self._counts.clear()
 
-    # --- the engine's loop -------------------------------------------------------------------------------------------
-
-    def _run(self, jobs: Iterator[_Job]) -> None:
-        """Run all jobs, at most `submit_batch` in the engine at once; each is finished as it comes back.
-
-        Jobs are taken from the iterator while the engine works, so that it is not idle between windows.
-        """
-        engine = self.model.llm_engine
-        running: dict[str, _Job] = {}
-        first: list[_Job] = []  # To be submitted before anything else.
-        room = max((self._engine_config.cache_config.num_gpu_blocks or 0) - 2, 1)
-        try:
-            while True:
-                for _ in range(min(self.submit_batch - len(running), ADD_AT_ONCE)):
-                    job = first.pop() if first else next(jobs, None)
-                    if job is None:
-                        break
-                    if running and job.blocks > room:
-                        first.append(job)
-                        break
-                    name = f"reproval-{next(self._ids)}"
-                    engine.add_request(name, tokens_input(job.prompt), job.params, lora_request=self.lora_request)
-                    running[name] = job
-                    room -= job.blocks
-                if not running:
-                    return
-                for output in engine.step():
-                    if output.finished:
-                        job = running.pop(output.request_id)
-                        room += job.blocks
-                        if (more := job.finish(output)) is not None:
-                            first.append(more)
-                if self.request_cache is not None:
-                    self.request_cache.flush()
-        finally:
-            if running:
-                engine.abort_request(list(running))
-            if self.request_cache is not None:
-                self.request_cache.flush()
+    def _run(self, jobs: Iterator[Job | None]) -> None:
+        keep = self.request_cache.flush if self.request_cache is not None else lambda: None
+        run_jobs(self.model, jobs, self.submit_batch, keep, self.lora_request)
 
     # --- loglikelihood -----------------------------------------------------------------------------------------------
 
@@ -310,7 +221,7 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
             ]
 
         numbered = windows(enumerate(requests), self.submit_batch)
-        return self._score(_ahead(map(encode, numbered)), len(requests), disable_tqdm)
+        return self._score(ahead(map(encode, numbered)), len(requests), disable_tqdm)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False
@@ -353,13 +264,13 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
         return {"": [], **dict(zip(unique, self.tok_encode(unique), strict=True))}
 
     def _score(
-        self, item_windows: Iterator[list[_Item]], total: int, quiet: bool, read_greedy: bool = True
+        self, item_windows: Iterator[list[_Item] | None], total: int, quiet: bool, read_greedy: bool = True
     ) -> list[Result]:
         """Results of all items, by position."""
         if self._block_size:
             # What earlier calls left in the prefix cache could hide rows that are wanted now.
             self.model.reset_prefix_cache()
-        progress = _Progress(total, self.on_progress, quiet or self.rank != 0, "Running loglikelihood requests")
+        progress = Progress(total, self.on_progress, quiet or self.rank != 0, "Running loglikelihood requests")
         results: dict[int, Result] = {}
         answered: dict[bytes, Result] = {}
 
@@ -377,9 +288,12 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
             for item in wanted.items:
                 give(item, result)
 
-        def jobs() -> Iterator[_Job]:
+        def jobs() -> Iterator[Job | None]:
             waiting: dict[bytes, _Wanted] = {}
             for window in item_windows:
+                if window is None:
+                    yield None
+                    continue
                 spans: dict[bool, dict[bytes, Span]] = {True: {}, False: {}}
                 waiting = {key: wanted for key, wanted in waiting.items() if wanted.pending.missing}
                 for item in window:
@@ -432,7 +346,7 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
         waiting: dict[bytes, _Wanted],
         greedy: bool,
         done: Callable[[_Wanted], None],
-    ) -> Iterator[_Job]:
+    ) -> Iterator[Job]:
         """Engine requests for the spans of one window."""
         arranged = arrange(spans)
         read = self._read(greedy, computed_tokens(spans, arranged, self._block_size))
@@ -448,9 +362,9 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
             item = waiting[key].items[0]
             self._counts[item.task][path] += item.counted
 
-        def job(request: PlannedRequest, attempt: int) -> _Job:
-            def finish(output: RequestOutput) -> _Job | None:
-                answer = self._answer(request, output, read, greedy)
+        def job(request: PlannedRequest, attempt: int) -> Job:
+            def finish(output: RequestOutput) -> Job | None:
+                answer = read_answer(request, output, read, greedy)
                 if answer is None:
                     if attempt == ATTEMPTS:
                         raise RuntimeError(f"vLLM gave no log-probabilities for a request in {ATTEMPTS} attempts")
@@ -466,55 +380,12 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
                         done(wanted)
                 return None
 
-            params = self._params(request, read, greedy, fresh=read is None or attempt > 1)
+            params = sampling_params(request, read, greedy, fresh=read is None or attempt > 1)
             blocks = 0 if read is None or self._v2 else len(request.prompt) // max(self._block_size, 1) + 1
-            return _Job(request.prompt.tolist(), params, finish, blocks)
+            return Job(request.prompt.tolist(), params, finish, blocks)
 
         for request in requests:
             yield job(request, 1)
-
-    @staticmethod
-    def _params(request: PlannedRequest, read: Read | None, greedy: bool, fresh: bool) -> SamplingParams:
-        """`fresh`: leave the prefix cache unread, so that every prompt row is computed."""
-        rows: dict[str, Any] = {}
-        if request.rows and _by_token_ids(request, read):
-            rows = {"prompt_logprob_token_ids": request.row_ids(), "prompt_logprob_start": request.start}
-        elif request.rows:
-            rows = {"prompt_logprobs": int(greedy)}
-        return SamplingParams(
-            temperature=0,
-            max_tokens=1,
-            detokenize=False,
-            flat_logprobs=True,
-            logprob_token_ids=request.final or None,
-            skip_reading_prefix_cache=fresh,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            skip_clone=True,
-            **rows,
-        )
-
-    @staticmethod
-    def _answer(request: PlannedRequest, output: RequestOutput, read: Read | None, greedy: bool) -> Answer | None:
-        """The values of an output; None if prompt rows that were asked for were not computed."""
-        values: NDArray[np.float64] = np.empty((0, 1))
-        tops = None
-        if request.rows and _by_token_ids(request, read):
-            if output.prompt_token_id_logprobs is None:
-                return None
-            values = output.prompt_token_id_logprobs.astype(np.float64)
-        elif request.rows:
-            width = 1 + int(greedy)
-            flat = cast("FlatLogprobs", output.prompt_logprobs)
-            begin = len(flat.logprobs) - request.rows * width
-            # V1 gives all rows, those before the hit unwritten; V2 gives only those that it computed.
-            if begin < 0 or (output.num_cached_tokens or 0) > request.start:
-                return None
-            if flat.token_ids[begin::width] != request.prompt[request.start + 1 :].tolist():
-                return None
-            table = np.array(flat.logprobs[begin:]).reshape(request.rows, width)
-            values, tops = table[:, :1], table[:, -1] if greedy else None
-        final = cast("FlatLogprobs", output.outputs[0].logprobs).logprobs if request.final else [0.0]
-        return Answer(values, tops, final[1:], final[0])
 
     # --- rolling loglikelihood ---------------------------------------------------------------------------------------
 
@@ -558,7 +429,7 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
             for request in requests:
                 self._counts[request.task_name or ""].update(requests=1, stock=1)
             return cast("list[str]", super().generate_until(requests, disable_tqdm=disable_tqdm))
-        progress = _Progress(
+        progress = Progress(
             len(requests), self.on_progress, disable_tqdm or self.rank != 0, "Running generate_until requests"
         )
         eos = self.tokenizer.decode(self.eot_token_id) or getattr(self.tokenizer, "eos_token", None) or ""
@@ -573,7 +444,7 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
             self.cache_hook.add_partial("generate_until", (request.args[0], shown), text)
             progress.add()
 
-        def job(digest: bytes, prompt: list[int], params: SamplingParams) -> _Job:
+        def job(digest: bytes, prompt: list[int], params: SamplingParams) -> Job:
             def finish(output: RequestOutput) -> None:
                 raw = answered[digest] = output.outputs[0].text
                 if self.request_cache is not None:
@@ -581,11 +452,11 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
                 for position, request, shown in waiting.pop(digest):
                     give(position, request, shown, raw)
 
-            return _Job(prompt, params, finish)
+            return Job(prompt, params, finish)
 
-        def jobs() -> Iterator[_Job]:
+        def jobs() -> Iterator[Job]:
             for window in windows(enumerate(requests), self.submit_batch):
-                new: list[tuple[Tokens, _Job]] = []
+                new: list[tuple[Tokens, Job]] = []
                 contexts = self.tok_encode([request.args[0] for _, request in window])
                 for (position, request), context in zip(window, contexts, strict=True):
                     counts = self._counts[request.task_name or ""]
