@@ -307,7 +307,7 @@ def make(name: str) -> None:
         compile_all = (
             "import compileall, sysconfig; compileall.compile_dir(sysconfig.get_path('purelib'), quiet=2, workers=0)"
         )
-        run([python, "-I", "-c", compile_all])
+        run([python, "-I", "-W", "ignore", "-c", compile_all])
     (folder / STAMP).write_text(json.dumps(stamp_of(name), indent=1) + "\n", encoding="utf-8")
 
 
