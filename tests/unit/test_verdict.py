@@ -183,6 +183,17 @@ def test_log_likelihoods_that_differ_by_rounding_are_reproduced() -> None:
     assert half_as_likely.effect == pytest.approx(0.5)
 
 
+def test_a_group_weighted_by_size_is_one_table_and_by_task_is_stratified() -> None:
+    a, b = binary(30, 3, 2, 50), binary(60, 1, 6, 150)
+    pooled = verdict.paired_strata([a, b], [0.25, 0.75], 0.05)
+    assert pooled == verdict.paired_binary(*(np.concatenate(side) for side in zip(a, b, strict=True)), 0.05)
+    equal = verdict.paired_strata([a, b], [0.5, 0.5], 0.05)
+    assert equal is not None
+    assert equal.effect == pytest.approx(0.5 * 1 / 50 - 0.5 * 5 / 150)
+    assert equal.method == "stratified"
+    assert verdict.paired_strata([], [], 0.05) is None
+
+
 # --- how often a verdict is wrong -----------------------------------------------------------------------------------
 
 

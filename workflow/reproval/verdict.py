@@ -241,13 +241,15 @@ def paired_strata(
     0/1 scores weighted by size are one table of paired proportions; otherwise TOST is normal on the weighted mean of
     the differences, with each task's own variance. None if a task has fewer than two questions.
     """
-    compared = statistics.compare_strata(pairs, weights, alpha)
+    if not pairs:
+        return None
+    ours, theirs = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    binary = statistics.is_binary(ours) and statistics.is_binary(theirs)
+    compared = statistics.compare_strata(ours, theirs, [a.size for a, _ in pairs], weights, binary, alpha)
     if compared is None:
         return None
     if compared.method != "stratified":
-        return paired_binary(
-            np.concatenate([a for a, _ in pairs]), np.concatenate([b for _, b in pairs]), margin, alpha
-        )
+        return paired_binary(ours, theirs, margin, alpha)
     differences = [a - b for a, b in pairs]
     stderr = math.sqrt(sum(w * w * float(d.var(ddof=1)) / d.size for w, d in zip(weights, differences, strict=True)))
     p_equivalence = tost_t(compared.effect, stderr, margin, math.inf)
