@@ -3,6 +3,8 @@
 #   snakemake --cores 2                      everything, to results/report.html
 #   snakemake --cores 2 plan                 what would be done to each model to make it fit, without a GPU
 #   snakemake --cores 2 stage                models and data sets into the store; nothing later needs the network
+#   snakemake --cores 2 bundle               all of it but the weights in one archive that another cluster can run from
+#   snakemake --cores 2 reproduce --config reference=FILE     a published evaluation, or bundle=FILE, run and judged
 #
 # What is evaluated, and on what, is in config/config.yaml; config/README.md explains every key.
 
@@ -26,10 +28,16 @@ include: "workflow/rules/common.smk"
 container: CONTAINER
 
 
+if CONTAINERIZED:
+
+    include: "workflow/rules/container.smk"
+
+
 include: "workflow/rules/stage.smk"
 include: "workflow/rules/plan.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/reproduce.smk"
 
 
 localrules:
@@ -41,6 +49,9 @@ localrules:
     make_plan,
     collect,
     report,
+    judge,
+    reproduce,
+    bundle,
 
 
 rule all:

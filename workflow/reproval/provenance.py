@@ -69,16 +69,21 @@ def lock() -> str | None:
 
 
 def container(asked: ContainerConfig | None) -> Container | None:
-    """The image that this process runs in; None outside a container, whatever the configuration asked for."""
+    """The image that this process runs in; None outside a container, whatever the configuration asked for.
+
+    Hash and version were found out on the host as the job began (container.py), not copied from the configuration.
+    """
     sif = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
     if sif is None:
         return None
-    image = asked.image if asked else Path(sif).name
+    image = os.environ.get("REPROVAL_IMAGE") or (asked.image if asked else Path(sif).name)
+    network = os.environ.get("REPROVAL_NETWORK")
     return Container(
         image=image,
-        digest=image.partition("@")[2] or None,
-        sif_sha256=asked.sif_sha256 if asked else None,
+        digest=os.environ.get("REPROVAL_IMAGE_DIGEST") or image.partition("@")[2] or None,
+        sif_sha256=os.environ.get("REPROVAL_SIF_SHA256") or (asked.sif_sha256 if asked else None),
         runtime=os.environ.get("REPROVAL_CONTAINER_RUNTIME"),
+        network="off" if network == "off" else "on" if network == "on" else None,
     )
 
 

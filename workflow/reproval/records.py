@@ -62,6 +62,21 @@ class ModelManifest(Record):
     digest: Sha256 = Field(description="SHA-256 over the sorted (path, sha256) pairs: the identity of the model.")
 
 
+class ImageManifest(Record):
+    """The image that the engine runs in, as a file on this machine."""
+
+    kind: Literal["image-manifest"] = "image-manifest"
+    image: str = Field(description="As the configuration names it, or the name that containers/build gave it.")
+    digest: str | None = Field(description="sha256:... of the OCI image; None for a .sif file of unknown origin.")
+    sif: str = Field(description="Path; relative to the record's folder if containers/build wrote it.")
+    sif_sha256: Sha256
+    sif_bytes: int
+    runtime: str | None = Field(description="Version of the program that pulled, built or hashed it.")
+    built_from: dict[str, str] | None = Field(
+        default=None, description="Of an image that was built here: base, lock and Dockerfile with their hashes, tool."
+    )
+
+
 class DatasetSource(Part):
     task: str
     path: str | None
@@ -342,6 +357,9 @@ class Container(Part):
     digest: str | None
     sif_sha256: Sha256 | None
     runtime: str | None
+    network: Literal["off", "on"] | None = Field(
+        default=None, description='"off": the process saw no interface but its own loopback.'
+    )
 
 
 class Provenance(Part):

@@ -13,27 +13,31 @@ sys.path[:0] = [str(BASE / "workflow"), str(BASE / "envs")]
 
 from install import stamp_of
 from reproval import config as configuration
-from reproval import folders, provenance, run_file
+from reproval import container as containers
+from reproval import folders, provenance, reference, run_file
 from reproval.files import sha256_json
 
 try:
     CONFIGFILES = workflow.config_settings.configfiles or workflow.configfiles
-    CONFIG = configuration.load(config, [Path(name) for name in CONFIGFILES], BASE, Path.cwd())
+    ASKED = reference.configure(config, BASE, Path.cwd())
+    CONFIG = configuration.load(ASKED, [Path(name) for name in CONFIGFILES], BASE, Path.cwd())
 except configuration.ConfigError as error:
     raise WorkflowError(str(error))
 
 # --- where the engine runs -------------------------------------------------------------------------------------------
 
 CONTAINERIZED = DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
-CONTAINER = CONFIG.container.image if CONFIG.container else None
-if CONTAINERIZED and CONTAINER is None:
-    raise WorkflowError(
-        "--use-singularity needs `container:` in the configuration: an image by digest or a .sif file with its SHA-256; "
-        "without --use-singularity the jobs run in the environment of envs/"
-    )
 ENGINE_ENV = "gpu" if CONFIG.hardware.gpus else "cpu"
-ENVIRONMENT = CONTAINER if CONTAINERIZED else "{lock} sha256:{sha256}".format(**stamp_of(ENGINE_ENV))
-ENGINE = "python3" if CONTAINERIZED else shlex.join([str(BASE / "envs" / "python"), ENGINE_ENV])
+STORE = CONFIG.store
+IMAGE = None
+CONTAINER = None
+if CONTAINERIZED:
+    try:
+        IMAGE = containers.chosen(CONFIG.container, BASE / f".env/images/{ENGINE_ENV}.json", Path(STORE), Path.cwd())
+    except containers.ImageError as error:
+        raise WorkflowError(str(error))
+    CONTAINER = str(IMAGE.sif)
+ENVIRONMENT = IMAGE.identity if IMAGE else "{lock} sha256:{sha256}".format(**stamp_of(ENGINE_ENV))
 CONTROLLER = shlex.quote(sys.executable)
 
 # --- what is evaluated -----------------------------------------------------------------------------------------------
@@ -41,7 +45,6 @@ CONTROLLER = shlex.quote(sys.executable)
 RUNS = {run.name: run for run in configuration.runs(CONFIG, BASE, Path.cwd(), ENVIRONMENT)}
 RUN_FILES = {name: run_file.run_file(run, CONFIG, ENVIRONMENT) for name, run in RUNS.items()}
 SNAPSHOT = run_file.write_snapshot(Path(".snakemake/reproval"), list(RUN_FILES.values()))
-STORE = CONFIG.store
 TIERS = str(folders.resolve(CONFIG.tiers, Path.cwd(), BASE))
 
 
@@ -85,7 +88,7 @@ wildcard_constraints:
 
 def manifests(wildcards):
     """What has to be in the store before a run's model can be looked at."""
-    return {
+    return IMAGE_RECORD | {
         "model": f"{STORE}/manifests/models/{model_key(RUNS[wildcards.run])}.json",
         "tasks": [f"{STORE}/manifests/suites/{key}.json" for key in sorted(suite_keys(RUNS[wildcards.run]))],
     }
@@ -110,7 +113,42 @@ JOB_ENVIRONMENT = {
 }
 shell.prefix("".join(f"export {name}={shlex.quote(str(value))}; " for name, value in JOB_ENVIRONMENT.items()))
 
+# --- what runs the engine's Python -------------------------------------------------------------------------------------
+
 # After `stage` nothing looks for the network, and no token reaches a job.
-OFFLINE = (
-    "env -u HF_TOKEN -u HUGGING_FACE_HUB_TOKEN HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 " + ENGINE
+WITHOUT_NETWORK = (
+    "env -u HF_TOKEN -u HUGGING_FACE_HUB_TOKEN HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 "
 )
+
+if IMAGE:
+    IMAGE_RECORD = {"image": str(IMAGE.record)}
+    bound = containers.binds(
+        Path.cwd(),
+        BASE,
+        Path(STORE),
+        [
+            *(folders.resolve(run.model.path, Path.cwd()) for run in RUNS.values() if run.model.path),
+            *(
+                folders.resolve(unit.include_path, Path.cwd(), BASE)
+                for run in RUNS.values()
+                for unit in run.units
+                if unit.include_path
+            ),
+        ],
+    )
+    # Apptainer does not make what it is to bind.
+    for name in containers.STORE_BINDS:
+        Path(STORE, name).mkdir(parents=True, exist_ok=True)
+    given = workflow.deployment_settings.apptainer_args
+    made = containers.arguments(IMAGE, CONFIG.hardware.gpus, bound)
+    # A job on another node is a Snakemake of its own, which has been given them already.
+    if not given.startswith(made):
+        workflow.deployment_settings.apptainer_args = f"{made} {given}".strip()
+    inside = f" -m reproval.container run {shlex.quote(str(IMAGE.record))}"
+    ENGINE = "python3" + inside
+    ONLINE_ENGINE = containers.online_command(IMAGE, bound, given.removeprefix(made)) + inside
+else:
+    IMAGE_RECORD = {}
+    ENGINE = ONLINE_ENGINE = shlex.join([str(BASE / "envs" / "python"), ENGINE_ENV])
+
+OFFLINE = WITHOUT_NETWORK + ENGINE

@@ -5,6 +5,7 @@ rule stage:
     input:
         expand(STORE + "/manifests/models/{model}.json", model=MODELS),
         expand(STORE + "/manifests/suites/{suite}.json", suite=SUITES),
+        IMAGE_RECORD.values(),
 
 
 rule describe:
@@ -36,14 +37,18 @@ rule stage_model:
 
 
 rule stage_suite:
-    # The data sets of a suite, by letting lm-eval load every task.
+    # The data sets of a suite, by letting lm-eval load every task. In a container it calls Apptainer itself, because it
+    # alone needs the network, the caller's token and a store that can be written.
     input:
+        **IMAGE_RECORD,
         runs=lambda wildcards: expand("results/runs/{run}/run.json", run=SUITES[wildcards.suite]),
     output:
         STORE + "/manifests/suites/{suite}.json",
     log:
         "logs/stage/suite-{suite}.log",
+    container:
+        None
     params:
         suite=lambda wildcards: wildcards.suite.rpartition("-")[0],
     shell:
-        "{ENGINE} -m reproval.stage tasks --suite {params.suite:q} --runs {input.runs:q} --out {output:q} 2>&1 | tee {log:q}"
+        "{ONLINE_ENGINE} -m reproval.stage tasks --suite {params.suite:q} --runs {input.runs:q} --out {output:q} 2>&1 | tee {log:q}"

@@ -1,0 +1,250 @@
+"""The image that the engine runs in with --use-singularity: which it is, how it is run, and that it is the one named.
+
+A rule with Snakemake's `container:` gets one set of arguments for Apptainer; `arguments` makes them: nothing of the
+caller's environment, home or network, and only the folders that a job needs. By hand, or by the rules:
+
+    python -m reproval.container stage --image docker://NAME@sha256:DIGEST --sif OUT.sif --out OUT.json
+    python -m reproval.container run IMAGE.json -m reproval.evaluate ...     inside the image
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from reproval.files import RecordError, read_record, sha256_file, write_record
+from reproval.records import ImageManifest
+from reproval.settings import ContainerConfig
+
+# Which GPUs and how many threads a job has been given, by the scheduler and by Snakemake, and the number of the job.
+PASSED_ON = (
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "SLURM_JOB_ID",
+)
+
+
+# Apptainer lets these through --cleanenv. A proxy's URL may hold a password, and no job may use one.
+PROXIES = ("ALL_PROXY", "FTP_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+# Folders of the store and how a job sees them. Caches are written by engine and tokenizer, and the data sets' cache is
+# locked even to be read; models, the Hub's files, images and manifests can only be read.
+STORE_BINDS = {"": "ro", "cache": "rw", "huggingface": "rw", "huggingface/hub": "ro"}
+
+
+class ImageError(Exception):
+    """An image is missing, cannot be had, or is another one than was named."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """What the configuration, or containers/build, says about the image.
+
+    `identity` is part of what decides a result's key; `sif` is where Apptainer finds the image, and `sif_sha256` what
+    is known of that file beforehand: nothing for one that is still to be pulled.
+    """
+
+    name: str
+    identity: str
+    digest: str | None
+    sif: Path
+    sif_sha256: str | None
+    record: Path
+
+    @property
+    def pulled(self) -> bool:
+        return "://" in self.name
+
+
+def chosen(asked: ContainerConfig | None, built: Path, store: Path, workdir: Path) -> Image:
+    """The image of the configuration, or else the one whose record containers/build has left at `built`.
+
+    Raises ImageError if there is neither.
+    """
+    if asked is None:
+        try:
+            made = read_record(built, ImageManifest)
+        except RecordError as error:
+            raise ImageError(
+                f"--use-singularity needs an image, the configuration names none as `container:`, and {built} cannot be"
+                f" used; build it here with  containers/build {built.stem}  or name one: docker://NAME@sha256:DIGEST,"
+                " or a .sif file with its SHA-256. Without --use-singularity the jobs run in the environment of envs/."
+            ) from error
+        sif = built.parent / made.sif
+        identity = made.digest or made.sif_sha256
+        return Image(made.image, identity, made.digest, sif, made.sif_sha256, _record(store, made.sif_sha256))
+    if asked.sif_sha256 is not None:
+        sif = (workdir / asked.image).absolute()
+        return Image(
+            sif.name, f"sif sha256:{asked.sif_sha256}", None, sif, asked.sif_sha256, _record(store, asked.sif_sha256)
+        )
+    digest = asked.image.partition("@")[2]
+    record = _record(store, digest.partition(":")[2])
+    return Image(asked.image, asked.image, digest, record.with_suffix(".sif").absolute(), None, record)
+
+
+def _record(store: Path, hexadecimal: str) -> Path:
+    return store / "images" / f"{hexadecimal[:16]}.json"
+
+
+# --- how Apptainer runs it ------------------------------------------------------------------------------------------
+
+
+def _bind(source: str, target: str, mode: str) -> list[str]:
+    return ["--bind", f"{source}:{target}:{mode}"]
+
+
+def binds(workdir: Path, base: Path, store: Path, folders: Iterable[Path]) -> list[tuple[Path, str]]:
+    """Folders of the host and how they are bound, in the order in which one lies on the other.
+
+    The working directory for results and logs; the workflow and the folders that the configuration names, to be read;
+    the store as STORE_BINDS says.
+    """
+    found = {workdir.absolute(): "rw", workdir.resolve(): "rw"}
+    for folder in (base, *folders):
+        for path in (folder.absolute(), folder.resolve()):
+            if not any(path.is_relative_to(known) for known in found):
+                found[path] = "ro"
+    for path in dict.fromkeys((store.absolute(), store.resolve())):
+        found |= {path / name: mode for name, mode in STORE_BINDS.items()}
+    return list(found.items())
+
+
+def _common(image: Image, gpus: int) -> list[str]:
+    """Arguments, as words for bash, that every call shares. What differs by node is found out on the node."""
+    sif = shlex.quote(str(image.sif))
+    return [
+        # Apptainer's own /dev, /tmp and home instead of the host's.
+        "--contain",
+        *(["--nv"] if gpus else []),
+        # Hashed on the host before the image has its say, at every start: Snakemake looks at no image twice.
+        *("--env", f'REPROVAL_SIF_SHA256="$(sha256sum < {sif} | cut -c -64)"'),
+        *("--env", 'REPROVAL_CONTAINER_RUNTIME="$(apptainer --version 2>/dev/null || singularity --version)"'),
+        # Room for temporary files, under a name that is short enough for sockets.
+        *("--bind", '"${TMPDIR:-/tmp}":/tmp'),
+    ]
+
+
+def arguments(image: Image, gpus: int, folders: list[tuple[Path, str]]) -> str:
+    """Arguments for `apptainer exec` in all jobs that Snakemake starts in the image. Text for bash."""
+    passed = [f'${{{name}+--env "{name}=${name}"}}' for name in PASSED_ON]
+    emptied = [f"--env {name}=" for proxy in PROXIES for name in (proxy, proxy.lower())]
+    bound = [word for path, mode in folders for word in _bind(shlex.quote(str(path)), shlex.quote(str(path)), mode)]
+    return " ".join(["--cleanenv", "--net --network none", *_common(image, gpus), *passed, *emptied, *bound])
+
+
+def online_command(image: Image, folders: list[tuple[Path, str]], given: str) -> str:
+    """The command that runs the image's Python for `stage`: with the network, the caller's variables (proxies, a
+    token) and a store that can be written. `given` is what the user passes on to Apptainer. Text for bash.
+    """
+    bound = [word for path, _ in folders for word in _bind(shlex.quote(str(path)), shlex.quote(str(path)), "rw")]
+    words = ['exec --home "$PWD"', *_common(image, 0), *bound, given, shlex.quote(str(image.sif)), "python3"]
+    return f"{runtime() or 'apptainer'} " + " ".join(words)
+
+
+def runtime() -> str | None:
+    """Name of the program, as Snakemake chooses it."""
+    return next((name for name in ("apptainer", "singularity") if shutil.which(name)), None)
+
+
+# --- in `stage`: fetched once, hashed --------------------------------------------------------------------------------
+
+
+def stage(name: str, sif: Path, expected: str | None, digest: str | None) -> ImageManifest:
+    """Pull the image to `sif` unless it is a file that is there already; return what it is. Raises ImageError."""
+    program = runtime()
+    version = None
+    if program is not None:
+        version = subprocess.run([program, "--version"], capture_output=True, text=True).stdout.strip()
+    if "://" in name:
+        if program is None:
+            raise ImageError(f"{name}: neither apptainer nor singularity is on PATH, so it cannot be pulled")
+        sif.parent.mkdir(parents=True, exist_ok=True)
+        part = sif.with_suffix(".part.sif")
+        # The cache would keep a second copy in the home folder.
+        done = subprocess.run([program, "pull", "--force", "--disable-cache", str(part), name])
+        if done.returncode != 0:
+            part.unlink(missing_ok=True)
+            raise ImageError(
+                f"{name}: {program} could not pull it; run `snakemake stage --use-singularity` where the registry can"
+                " be reached, with APPTAINER_TMPDIR on a disk with room for the unpacked image"
+            )
+        part.replace(sif)
+    if not sif.is_file():
+        raise ImageError(f"{sif}: no such file; restore it, or build the image again")
+    found = sha256_file(sif)
+    if expected is not None and found != expected:
+        raise ImageError(
+            f"{sif}: has SHA-256 {found}, and {expected} was named: it was replaced or damaged. Restore it, or name the"
+            " new hash if the change was meant; results are kept apart by it"
+        )
+    return ImageManifest(
+        image=name,
+        digest=digest,
+        sif=str(sif),
+        sif_sha256=found,
+        sif_bytes=sif.stat().st_size,
+        runtime=version,
+    )
+
+
+# --- in the image ----------------------------------------------------------------------------------------------------
+
+
+def network() -> str:
+    """`off` where this process sees no interface but its own loopback, else `on`."""
+    return "off" if {name for _, name in socket.if_nameindex()} <= {"lo"} else "on"
+
+
+def checked_environment(manifest: ImageManifest) -> dict[str, str]:
+    """Variables that tell provenance.py where it runs. Raises ImageError unless the image that runs was staged."""
+    found = os.environ.get("REPROVAL_SIF_SHA256")
+    if found != manifest.sif_sha256:
+        raise ImageError(
+            f"{manifest.sif}: has SHA-256 {found or '(unknown)'}, and {manifest.sif_sha256} was staged: it was replaced"
+            " or damaged. Remove it and run `snakemake stage --use-singularity` again"
+        )
+    return {
+        "REPROVAL_IMAGE": manifest.image,
+        "REPROVAL_IMAGE_DIGEST": manifest.digest or "",
+        "REPROVAL_NETWORK": network(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    fetch = commands.add_parser("stage")
+    fetch.add_argument("--image", required=True)
+    fetch.add_argument("--digest")
+    fetch.add_argument("--sif", type=Path, required=True)
+    fetch.add_argument("--sif-sha256")
+    fetch.add_argument("--out", type=Path, required=True)
+    inside = commands.add_parser("run")
+    inside.add_argument("manifest", type=Path)
+    inside.add_argument("arguments", nargs=argparse.REMAINDER)
+    options = parser.parse_args()
+    try:
+        if options.command == "stage":
+            manifest = stage(options.image, options.sif, options.sif_sha256, options.digest)
+            write_record(options.out, manifest)
+            print(f"{manifest.sif}: {manifest.sif_bytes / 2**20:.0f} MiB, SHA-256 {manifest.sif_sha256}")
+            return
+        variables = checked_environment(read_record(options.manifest, ImageManifest))
+    except (ImageError, RecordError, OSError) as error:
+        sys.exit(f"reproval container: {error}")
+    os.execve(sys.executable, [sys.executable, *options.arguments], dict(os.environ) | variables)
+
+
+if __name__ == "__main__":
+    main()
