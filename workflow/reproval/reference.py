@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from reproval import strictyaml
+from reproval import bundle, strictyaml
 from reproval.folders import kind_of, resolve
 from reproval.problems import ConfigError, Problem, dotted, show
 from reproval.settings import ModelConfig, Name, Section, SuiteConfig, Text
@@ -178,17 +178,49 @@ def asked_by(reference: Reference) -> dict[str, Any]:
     return reference.model_dump(include={"models", "suites"}, exclude_unset=True)
 
 
-def find(name: str, base: Path, workdir: Path) -> Path:
-    """Where a file named by --config is: in the working directory, else in the workflow's folder.
-
-    Raises ConfigError if it is in neither.
-    """
+def find(name: str, key: str, base: Path, workdir: Path) -> Path:
+    """Where the file of a key is: in the working directory, else in the workflow's folder. Raises ConfigError."""
     path = resolve(name, workdir, base)
     if kind_of(path) != "file":
-        raise ConfigError(
-            [Problem("--config", "", f"{name}: no such file", "a file", "correct the name (relative to this folder)")]
-        )
+        mend = "correct the name (relative to the working directory)"
+        raise ConfigError([Problem("--config", key, f"{name}: no such file", "an existing file", mend)])
     return path
+
+
+def configure(given: Mapping[str, Any], base: Path, workdir: Path) -> dict[str, Any]:
+    """The configuration as it is `given`, or with what its `reference` or `bundle` asks to be run.
+
+    A bundle is checked and unpacked into the store the first time. Raises ConfigError.
+    """
+    name, archive = given.get("reference"), given.get("bundle")
+    if isinstance(name, str) and isinstance(archive, str):
+        found = f"reference: {show(name)} and bundle: {show(archive)}"
+        raise ConfigError([Problem("--config", "", found, "one of them", "leave one away")])
+    if isinstance(name, str):
+        return overlay(asked_by(load(find(name, "reference", base, workdir))), given)
+    if not isinstance(archive, str):
+        return dict(given)
+    try:
+        folder = bundle.unpacked(find(archive, "bundle", base, workdir), workdir / str(given.get("store", "resources")))
+    except (bundle.BundleError, OSError) as error:
+        raise ConfigError([Problem("--config", "bundle", str(error), "a whole bundle", "copy it again")]) from error
+    merged = overlay(bundle.asked_by(folder, workdir), given)
+    missing = []
+    for model, entry in merged["models"].items():
+        path = entry.get("path")
+        if isinstance(path, str) and kind_of(workdir / path) != "folder":
+            missing.append(
+                Problem(
+                    "--config",
+                    f"models.{model}.path",
+                    f"no folder {path} here, and a bundle holds no weights",
+                    bundle.weights_needed(folder, model) or "the folder of the model",
+                    f"copy it, and add --config 'models={{{model}: {{path: FOLDER}}}}'",
+                )
+            )
+    if missing:
+        raise ConfigError(missing)
+    return merged
 
 
 def main() -> int:

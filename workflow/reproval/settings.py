@@ -192,6 +192,21 @@ class Config(Section):
         default=False,
         description="VLLM_BATCH_INVARIANT=1: the same bits whatever the batch (compute capability 8.0 and up).",
     )
+    reference: Text | None = Field(
+        default=None,
+        description="File of a published evaluation (config/references/): its models and suites are run, and "
+        "`reproduce` judges them. For --config.",
+    )
+    bundle: Text | None = Field(
+        default=None,
+        description="The same from a bundle that another machine made with `snakemake bundle`. For --config.",
+    )
+    margin: float | None = Field(
+        default=None,
+        gt=0,
+        description="Largest difference of a score, or share of a perplexity, that `reproduce` counts as none; "
+        "default: the reference's, else 0.02.",
+    )
 
 
 class Unit(Section):

@@ -1,0 +1,79 @@
+# A published evaluation, or another machine's bundle, run here and judged; and the bundle for the next machine.
+
+from reproval import bundle as bundles
+
+if CONFIG.reference:
+    AGAINST = {"reference": str(reference.find(CONFIG.reference, "reference", BASE, Path.cwd()))}
+elif CONFIG.bundle:
+    AGAINST = {"bundle": str(bundles.unpacked(reference.find(CONFIG.bundle, "bundle", BASE, Path.cwd()), Path(STORE)))}
+else:
+    AGAINST = {}
+
+
+def judged_against(wildcards):
+    """The file that decides what a run is judged by."""
+    if not AGAINST:
+        raise WorkflowError(
+            "`reproduce` needs --config reference=FILE, a published evaluation such as those in config/references/, "
+            "or --config bundle=FILE, which `snakemake bundle` makes on another machine"
+        )
+    ((kind, path),) = AGAINST.items()
+    return path if kind == "reference" else f"{path}/{bundles.SUMS}"
+
+
+rule judge:
+    # Settings and prompts first, then every score.
+    input:
+        against=judged_against,
+        evaluations=expand("results/runs/{run}/evaluation.json", run=RUNS),
+    output:
+        json="results/reproduction.json",
+        markdown="results/reproduction.md",
+    log:
+        "logs/reproduce/judge.log",
+    container:
+        None
+    params:
+        against=" ".join(f"--{kind} {shlex.quote(path)}" for kind, path in AGAINST.items()),
+        title=shlex.quote(CONFIG.bundle or ""),
+        margin=f"--margin {CONFIG.margin}" if CONFIG.margin else "",
+    shell:
+        "{CONTROLLER} -m reproval.reproduce judge {params.against} --title {params.title} {params.margin}"
+        " --results results --evaluations {input.evaluations:q} --json {output.json:q} --markdown {output.markdown:q}"
+        " 2> {log:q}"
+
+
+rule reproduce:
+    # No output: it prints the verdicts, and fails unless every score is identical or reproduced. They stay in
+    # results/reproduction.{json,md} either way.
+    input:
+        json=rules.judge.output.json,
+        report=rules.report.output,
+    log:
+        "logs/reproduce/reproduce.log",
+    container:
+        None
+    shell:
+        "{CONTROLLER} -m reproval.reproduce show {input.json:q} 2> {log:q}"
+
+
+rule bundle:
+    # One archive that another cluster can run from.
+    input:
+        evaluations=expand("results/runs/{run}/evaluation.json", run=RUNS),
+        memory=expand("results/runs/{run}/memory.parquet", run=RUNS),
+        report=rules.report.output,
+        scores=rules.collect.output,
+        manifests=[
+            *expand(STORE + "/manifests/models/{model}.json", model=MODELS),
+            *expand(STORE + "/manifests/suites/{suite}.json", suite=SUITES),
+        ],
+    output:
+        "results/bundle.zip",
+    log:
+        "logs/reproduce/bundle.log",
+    container:
+        None
+    shell:
+        "{CONTROLLER} -m reproval.bundle make --results results --evaluations {input.evaluations:q}"
+        " --manifests {input.manifests:q} --base {BASE:q} --out {output:q} 2>&1 | tee {log:q}"
