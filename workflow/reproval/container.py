@@ -42,6 +42,13 @@ PROXIES = ("ALL_PROXY", "FTP_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 STORE_BINDS = {"": "ro", "cache": "rw", "huggingface": "rw", "huggingface/hub": "ro"}
 
 
+# Room for temporary files on the node's own disk, where Apptainer gives an unprivileged user 64 MB, and under a name
+# that is short enough for sockets. The caller's alone, and nothing else of the host's /tmp.
+TEMPORARY = (
+    '$(d=${TMPDIR:-/tmp}/reproval-$UID; mkdir -p -m 700 "$d"; [ -O "$d" ] && [ ! -L "$d" ] && echo "$d" || mktemp -d)'
+)
+
+
 class ImageError(Exception):
     """An image is missing, cannot be had, or is another one than was named."""
 
@@ -130,8 +137,7 @@ def _common(image: Image, gpus: int) -> list[str]:
         # Hashed on the host before the image has its say, at every start: Snakemake looks at no image twice.
         *("--env", f'REPROVAL_SIF_SHA256="$(sha256sum < {sif} | cut -c -64)"'),
         *("--env", 'REPROVAL_CONTAINER_RUNTIME="$(apptainer --version 2>/dev/null || singularity --version)"'),
-        # Room for temporary files, under a name that is short enough for sockets.
-        *("--bind", '"${TMPDIR:-/tmp}":/tmp'),
+        *("--bind", f'"{TEMPORARY}":/tmp'),
     ]
 
 
