@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def configure(folder: Path, container: dict[str, str]) -> None:
     (folder / "config.yaml").write_text(json.dumps(config))
 
 
-def snakemake(lab: Lab, folder: Path, binds: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def snakemake(lab: Lab, folder: Path, binds: str, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     caller = {
         "HF_TOKEN": "hf_of_the_caller",
         "PYTHONPATH": "/of/the/caller",
@@ -122,7 +123,7 @@ def snakemake(lab: Lab, folder: Path, binds: str, *arguments: str) -> subprocess
     return subprocess.run(
         command,
         cwd=folder,
-        env=lab.environment | caller,
+        env=lab.environment | caller | more,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -243,6 +244,20 @@ def test_a_sif_with_another_hash_than_named_is_refused(
     refused = snakemake(lab, tmp_path, thin[1], "--", "stage")
     assert refused.returncode != 0
     assert "was named" in refused.stdout
+
+
+def test_where_snakemake_is_started_needs_no_apptainer(tmp_path: Path, project: Path) -> None:
+    """As on a cluster's head node; the jobs find it where they run."""
+    for name in ("models", "tasks"):
+        (tmp_path / name).symlink_to(project / name)
+    configure(tmp_path, {"image": "docker://registry.example/reproval@sha256:" + "0" * 64})
+    bare = tmp_path / "bin"
+    bare.mkdir()
+    for name in ("bash", "git", "which"):
+        (bare / name).symlink_to(shutil.which(name) or name)
+    planned = snakemake(Lab(tmp_path, 0), tmp_path, "", "-n", PATH=str(bare))
+    assert planned.returncode == 0, planned.stdout
+    assert "rule evaluate" in planned.stdout
 
 
 @pytest.mark.skipif(

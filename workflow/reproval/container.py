@@ -73,10 +73,10 @@ class Image:
         return "://" in self.name
 
 
-def chosen(asked: ContainerConfig | None, built: Path, store: Path, workdir: Path) -> Image:
+def chosen(asked: ContainerConfig | None, built: Path, lock_sha256: str, store: Path, workdir: Path) -> Image:
     """The image of the configuration, or else the one whose record containers/build has left at `built`.
 
-    Raises ImageError if there is neither.
+    Raises ImageError if there is neither, or if the latter was built from another lock than `lock_sha256`.
     """
     if asked is None:
         try:
@@ -87,6 +87,11 @@ def chosen(asked: ContainerConfig | None, built: Path, store: Path, workdir: Pat
                 f" used; build it here with  containers/build {built.stem}  or name one: docker://NAME@sha256:DIGEST,"
                 " or a .sif file with its SHA-256. Without --use-singularity the jobs run in the environment of envs/."
             ) from error
+        if (made.built_from or {}).get("lock_sha256") != lock_sha256:
+            raise ImageError(
+                f"{built.with_suffix('.sif')} was built from another lock than envs/ has now; build it again:"
+                f" containers/build {built.stem}"
+            )
         sif = built.parent / made.sif
         identity = made.digest or made.sif_sha256
         return Image(made.image, identity, made.digest, sif, made.sif_sha256, _record(store, made.sif_sha256))

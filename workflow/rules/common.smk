@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 
+from snakemake.deployment.singularity import Singularity
 from snakemake.exceptions import WorkflowError
 from snakemake.resources import Resource
 from snakemake.settings.types import DeploymentMethod
@@ -33,10 +34,19 @@ IMAGE = None
 CONTAINER = None
 if CONTAINERIZED:
     try:
-        IMAGE = containers.chosen(CONFIG.container, BASE / f".env/images/{ENGINE_ENV}.json", Path(STORE), Path.cwd())
+        IMAGE = containers.chosen(
+            CONFIG.container,
+            BASE / f".env/images/{ENGINE_ENV}.json",
+            stamp_of(ENGINE_ENV)["sha256"],
+            Path(STORE),
+            Path.cwd(),
+        )
     except containers.ImageError as error:
         raise WorkflowError(str(error))
     CONTAINER = str(IMAGE.sif)
+    if containers.runtime() is None:
+        # Snakemake wants Apptainer where it is started; it is needed only where jobs run, which may be other machines.
+        Singularity().binary, Singularity().checked = "apptainer", True
 ENVIRONMENT = IMAGE.identity if IMAGE else "{lock} sha256:{sha256}".format(**stamp_of(ENGINE_ENV))
 CONTROLLER = shlex.quote(sys.executable)
 
