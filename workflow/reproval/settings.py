@@ -177,7 +177,7 @@ class Config(Section):
     )
     policy: Text = Field(default="auto", description="Policy of that file to plan by.")
     container: ContainerConfig | None = Field(
-        default=None, description="Image for --use-singularity; without it the jobs run in the environment of envs/."
+        default=None, description="Image for --use-singularity; default: what containers/build made."
     )
     store: Text = Field(
         default="resources", description="Folder for models and data sets, relative to the working directory."
