@@ -279,8 +279,15 @@ def _prompt(path: Path, task: str, document: int) -> str:
         for raw in stream:
             line = json.loads(raw)
             if line["task"] == task and line["doc_id"] == document:
-                return str(line["arguments"][0][0])
+                return _first_text(line["arguments"])
     return ""
+
+
+def _first_text(value: Any) -> str:
+    """The prompt among a request's arguments, which are lists here and mappings in lm-eval's own sample files."""
+    while isinstance(value, list | dict) and value:
+        value = next(iter(value.values() if isinstance(value, dict) else value))
+    return str(value)
 
 
 def _choice(filtered: Any) -> Any:
@@ -290,7 +297,7 @@ def _choice(filtered: Any) -> Any:
     """
     if isinstance(filtered, list) and filtered and all(isinstance(x, list) and len(x) == 2 for x in filtered):
         likelihoods = [x[0] for x in filtered]
-        return likelihoods.index(max(likelihoods)) if len(likelihoods) > 1 else bool(filtered[0][1])
+        return likelihoods.index(max(likelihoods)) if len(likelihoods) > 1 else filtered[0][1]
     if isinstance(filtered, list) and all(isinstance(x, int | float) for x in filtered):
         return None
     return filtered
@@ -471,10 +478,15 @@ def published(score: Score, ours: UnitData, theirs: PublishedScore, margin: Marg
         return verdict.unpaired_proportions(score.value, column.size, theirs.value, n, limit, rounding, alpha), notes
     scale: Scale = "difference"
     stderr = score.stderr
-    if column is not None and not is_mean(score, column):
-        found = statistics.log_likelihood_interval(score.value, column, np.ones_like(column))
+    sums = (column, np.ones_like(column)) if column is not None else None
+    if samples and not score.group and score.metric in samples.weighted:
+        sums = samples.weighted[score.metric]
+    if sums is not None and (column is None or not is_mean(score, column)):
+        found = statistics.log_likelihood_interval(score.value, *sums)
         if found is not None and found[1] == "ratio":
-            scale, stderr = "ratio", score.value * statistics.ratio_stderr(column, np.ones_like(column))
+            scale, stderr = "ratio", score.value * statistics.ratio_stderr(*sums)
+        elif found is not None:
+            stderr = statistics.ratio_stderr(*sums) / math.log(2)
     if stderr is None:
         return None, ["no standard error of the score here: nothing to test with"]
     other = theirs.stderr

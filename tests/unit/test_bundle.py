@@ -1,0 +1,224 @@
+"""A bundle: the same bytes twice, every changed byte found and named, nothing secret, nothing outside its folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import examples
+import numpy as np
+import pytest
+import synthetic
+import yaml
+
+from reproval import bundle
+from reproval.bundle import BundleError
+from reproval.files import read_record, sha256_file, write_record
+from reproval.records import Evaluation, ModelManifest, StoredFile
+from reproval.settings import ModelConfig, Run, TaskSettings, Unit
+
+ROOT = Path(__file__).resolve().parents[2]
+HOME = "/home/somebody/models/smollm2"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory after a run: results, a manifest, task files; the model lies in somebody's home folder."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "tasks").mkdir()
+    (folder / "tasks/capitals.yaml").write_text("task: capitals\n")
+    made = synthetic.write_project(folder, synthetic.DEMO_MODELS[:1], synthetic.DEMO_TASKS)
+    for path in made.evaluations:
+        evaluation = read_record(path, Evaluation)
+        units = [
+            Unit(suite=u.suite, task=u.task, include_path="tasks", unsafe_code=False, settings=TaskSettings(limit=5))
+            for u in evaluation.units
+        ]
+        run = Run(
+            name=evaluation.run, model_name=evaluation.model, model=ModelConfig(path=HOME), units=units, identity={}
+        )
+        write_record(path.parent / "run.json", examples.run_file(run=run))
+        write_record(path.parent / "plan.json", evaluation.plan)
+    weights = StoredFile(path="model.safetensors", size_bytes=8, sha256="1" * 64)
+    manifest = ModelManifest(model="smollm2-135m", source="local", folder=HOME, files=[weights], digest="2" * 64)
+    write_record(folder / "resources/manifests/models/smollm2-135m-0.json", manifest)
+    return folder
+
+
+def make(project: Path, out: Path, base: Path = ROOT) -> str:
+    results = next(project.rglob("runs")).parent
+    evaluations = sorted(results.glob("runs/*/evaluation.json"))
+    manifests = sorted((project / "resources/manifests").rglob("*.json"))
+    return bundle.make(results, evaluations, manifests, base, project, out)
+
+
+@pytest.fixture(scope="module")
+def archive(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a workflow of three files, so that every byte can be tried."""
+    base = tmp_path_factory.mktemp("base")
+    (base / "workflow").mkdir()
+    for name in ("Snakefile", "LICENSE", "workflow/rules.smk"):
+        (base / name).write_text(f"{name}\n")
+    out = tmp_path_factory.mktemp("bundle") / "bundle.zip"
+    make(project, out, base)
+    return out
+
+
+def test_it_holds_what_another_machine_needs(project: Path, tmp_path: Path) -> None:
+    make(project, tmp_path / "b.zip")
+    bundle.unpack(tmp_path / "b.zip", tmp_path / "out")
+    found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert {"configuration.yaml", "SHA256SUMS", "ro-crate-metadata.json", "workflow/Snakefile"} <= found
+    assert {"workflow/envs/cpu.txt", "workflow/envs/gpu.txt", "manifests/models/smollm2-135m-0.json"} <= found
+    assert any(name.startswith("task-files/") and name.endswith("/capitals.yaml") for name in found)
+    assert any(name.endswith("/samples.jsonl.gz") for name in found)
+    assert any(name.endswith("/plan.json") for name in found)
+    asked = bundle.asked_by(tmp_path / "out", tmp_path)
+    (suite,) = asked["suites"].values()
+    assert suite["include_path"].startswith("out/task-files/")
+    assert (tmp_path / suite["include_path"] / "capitals.yaml").exists()
+    assert [task["task"] for task in suite["tasks"]] == [task.name for task in synthetic.DEMO_TASKS]
+    assert all(task["limit"] == 5 for task in suite["tasks"])
+    assert asked["models"]["smollm2-135m"]["path"] == "smollm2"
+    assert "model.safetensors with SHA-256 1111" in str(bundle.weights_needed(tmp_path / "out", "smollm2-135m"))
+
+
+def test_the_same_run_makes_the_same_bytes_whatever_the_times_of_its_files(project: Path, tmp_path: Path) -> None:
+    first = make(project, tmp_path / "a.zip")
+    shutil.copytree(project, tmp_path / "copy")
+    for path in (tmp_path / "copy").rglob("*.json*"):
+        path.touch()
+        path.chmod(0o600)
+    assert make(tmp_path / "copy", tmp_path / "b.zip") == first == sha256_file(tmp_path / "a.zip")
+
+
+def test_no_path_of_the_machine_is_told(archive: Path, project: Path) -> None:
+    with zipfile.ZipFile(archive) as opened:
+        for name in opened.namelist():
+            assert HOME.encode() not in opened.read(name), name
+            assert str(project).encode() not in opened.read(name), name
+
+
+def test_a_secret_stops_it_by_name(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = next(project.rglob("runs")).parent
+    report = results / "report.md"
+    assert not report.exists()
+    report.write_text("fetched with hf_" + "a" * 30)
+    try:
+        with pytest.raises(BundleError, match=r"results/report\.md: holds something shaped like a token"):
+            make(project, tmp_path / "b.zip")
+        report.write_text("the password is correct-horse-battery")
+        monkeypatch.setenv("MY_API_KEY", "correct-horse-battery")
+        with pytest.raises(BundleError, match="MY_API_KEY"):
+            make(project, tmp_path / "b.zip")
+    finally:
+        report.unlink()
+    assert not (tmp_path / "b.zip").exists()
+
+
+def test_every_changed_byte_is_found_and_every_file_named(archive: Path, tmp_path: Path) -> None:
+    data = archive.read_bytes()
+    with zipfile.ZipFile(archive) as opened:
+        starts = [(info.filename, info.header_offset + 30 + len(info.filename)) for info in opened.infolist()]
+        sizes = {info.filename: info.file_size for info in opened.infolist()}
+    rng = np.random.default_rng(0)
+    wrong = tmp_path / "wrong.zip"
+    for name, start in starts:
+        at = start + int(rng.integers(sizes[name]))
+        wrong.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(BundleError) as refused:
+            bundle.unpack(wrong, tmp_path / "out")
+        assert name in str(refused.value)
+    first_directory = data.index(b"PK\x01\x02")
+    for at in [*range(60), *rng.integers(0, len(data), 60), *range(first_directory, first_directory + 120)]:
+        wrong.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+        with pytest.raises(BundleError, match=r"wrong\.zip"):
+            bundle.unpack(wrong, tmp_path / "out")
+    for cut in (data[:-1], data[: len(data) // 2], data + b"\0", b""):
+        wrong.write_bytes(cut)
+        with pytest.raises(BundleError, match=r"wrong\.zip"):
+            bundle.unpack(wrong, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["wrong.zip"]
+
+
+def _rewrite(archive: Path, out: Path, change: Callable[[zipfile.ZipFile], None]) -> Path:
+    shutil.copy(archive, out)
+    with zipfile.ZipFile(out, "a") as opened:
+        change(opened)
+    return out
+
+
+def _link(opened: zipfile.ZipFile) -> None:
+    info = zipfile.ZipInfo("link")
+    info.external_attr = 0o120777 << 16
+    opened.writestr(info, "/etc/passwd")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda z: z.writestr("../outside", "x"), "leads out"),
+        (lambda z: z.writestr("/absolute", "x"), "leads out"),
+        (lambda z: z.writestr("a/../../b", "x"), "leads out"),
+        (lambda z: z.writestr("C:\\windows", "x"), "leads out"),
+        (lambda z: z.writestr("SHA256SUMS2", "x"), "expected none"),
+        (lambda z: z.writestr("Configuration.yaml", "x"), "two files of one name"),
+        (lambda z: z.writestr("zeros", bytes(10**6), zipfile.ZIP_DEFLATED), "do not use it"),
+        (_link, "a link"),
+    ],
+)
+def test_what_no_bundle_has_is_refused_before_it_is_written(
+    archive: Path, tmp_path: Path, change: Callable[[zipfile.ZipFile], None], said: str
+) -> None:
+    wrong = _rewrite(archive, tmp_path / "in/wrong.zip" if (tmp_path / "in").mkdir() is None else tmp_path, change)
+    with pytest.raises(BundleError, match=said):
+        bundle.unpack(wrong, tmp_path / "in/out")
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["wrong.zip"]
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_an_unpacked_bundle_is_found_again_and_its_changes_too(archive: Path, tmp_path: Path) -> None:
+    folder = bundle.unpacked(archive, tmp_path)
+    assert bundle.unpacked(archive, tmp_path) == folder
+    bundle.check_folder(folder)
+    (folder / "configuration.yaml").write_text("models: {}")
+    with pytest.raises(BundleError, match=r"configuration\.yaml"):
+        bundle.check_folder(folder)
+
+
+def test_the_crate_follows_the_profile(archive: Path) -> None:
+    with zipfile.ZipFile(archive) as opened:
+        crate = json.loads(opened.read(bundle.CRATE))
+        names = set(opened.namelist())
+    entities = {entity["@id"]: entity for entity in crate["@graph"]}
+    assert len(entities) == len(crate["@graph"]), "an @id twice"
+
+    def references(value: object) -> list[str]:
+        if isinstance(value, dict):
+            return [value["@id"]] if set(value) == {"@id"} else [x for v in value.values() for x in references(v)]
+        return [x for v in value for x in references(v)] if isinstance(value, list) else []
+
+    outside = {x for entity in crate["@graph"] for x in references(entity) if not x.startswith("http")}
+    assert outside <= entities.keys()
+    assert entities[bundle.CRATE]["about"] == {"@id": "./"}
+    assert entities[bundle.CRATE]["conformsTo"][0] == {"@id": "https://w3id.org/ro/crate/1.1"}
+    root = entities["./"]
+    assert {"name", "description", "datePublished", "license", "mainEntity", "hasPart", "mentions"} <= root.keys()
+    assert {"@id": "https://w3id.org/ro/wfrun/workflow/0.5"} in root["conformsTo"]
+    workflow = entities[root["mainEntity"]["@id"]]
+    assert set(workflow["@type"]) == {"File", "SoftwareSourceCode", "ComputationalWorkflow"}
+    assert entities[workflow["programmingLanguage"]["@id"]]["@type"] == "ComputerLanguage"
+    files = {name for name, entity in entities.items() if "File" in entity["@type"]}
+    assert files == names - {bundle.CRATE, bundle.SUMS} == {part["@id"] for part in root["hasPart"]}
+    assert all(len(entities[name]["sha256"]) == 64 for name in files)
+    for mention in root["mentions"]:
+        action = entities[mention["@id"]]
+        assert action["@type"] == "CreateAction"
+        assert action["instrument"] == root["mainEntity"]
+        assert action["object"]
+        assert action["result"]
+        assert action["startTime"] <= action["endTime"]
+    yaml.safe_load(json.dumps(crate))

@@ -1,0 +1,212 @@
+"""Run beside run, and run beside published value: what is said, of what, and the first thing that was not the same."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import synthetic
+
+from reproval import reproduce
+from reproval.collect import load
+from reproval.files import read_record, sha256_file, write_record
+from reproval.records import Evaluation, UnitResult
+from reproval.reference import Reference
+from reproval.reproduce import Reproduction
+
+TASKS = (*synthetic.DEMO_TASKS, synthetic.Task("mmlu", "group", 60, 3, shots=5))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> synthetic.Project:
+    return synthetic.write_project(tmp_path_factory.mktemp("a"), synthetic.DEMO_MODELS[:1], TASKS, trace=False)
+
+
+@pytest.fixture
+def other(project: synthetic.Project, tmp_path: Path) -> Path:
+    shutil.copytree(project.results, tmp_path / "b")
+    return tmp_path / "b"
+
+
+def edit(results: Path, task: str, sample: Callable[[dict[str, Any]], None], **result: Any) -> None:
+    """Change samples, and fields of the record, of the unit that holds a task; hashes and keys stay right."""
+    (path,) = (p for p in results.glob("tasks/*/*/result.json") if read_record(p, UnitResult).task == task)
+    samples = path.parent / "samples.jsonl.gz"
+    lines = [json.loads(line) for line in gzip.decompress(samples.read_bytes()).splitlines()]
+    for line in lines:
+        sample(line)
+    samples.write_bytes(gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode()))
+    record = read_record(path, UnitResult)
+    write_record(path, record.model_copy(update={"samples_sha256": sha256_file(samples)} | result))
+
+
+def judged(a: Path, b: Path, tmp_path: Path, *arguments: str) -> tuple[int, Reproduction]:
+    out = tmp_path / "verdict.json"
+    code = reproduce.main(["compare", str(a), str(b), "--json", str(out), *arguments])
+    return code, read_record(out, Reproduction)
+
+
+def score(found: Reproduction, task: str, metric: str) -> reproduce.ScoreVerdict:
+    return next(entry for entry in found.scores if (entry.task, entry.metric) == (task, metric))
+
+
+def test_a_run_beside_itself_is_identical(project: synthetic.Project, other: Path, tmp_path: Path) -> None:
+    code, found = judged(project.results, other, tmp_path)
+    assert (code, found.verdict) == (0, "identical")
+    assert {entry.task for entry in found.scores} == {task.name for task in TASKS}
+    for entry in found.scores:
+        assert entry.unlike == []
+        assert entry.samples is not None
+        assert entry.samples.equal_bits
+        assert entry.samples.changed_answers == 0
+
+
+def test_a_score_that_fell_differs_and_the_others_stay_identical(
+    project: synthetic.Project, other: Path, tmp_path: Path
+) -> None:
+    def worse(line: dict[str, Any]) -> None:
+        line["acc"] = 0.0
+        line["filtered_resps"] = [["-9.0", "False"]]
+
+    old = next(r for p in other.glob("tasks/*/*/result.json") if (r := read_record(p, UnitResult)).task == "capitals")
+    scores = [s.model_copy(update={"value": 0.0}) if s.metric == "acc" else s for s in old.scores]
+    edit(other, "capitals", worse, scores=scores, versions={"capitals": 99})
+    code, found = judged(project.results, other, tmp_path)
+    assert (code, found.verdict) == (1, "differs")
+    entry = score(found, "capitals", "acc")
+    assert entry.verdict == "differs"
+    assert entry.effect == pytest.approx(-(entry.reference or 0))
+    assert entry.unlike[0].what == "task version"
+    assert entry.samples is not None
+    assert entry.samples.changed_answers > 0
+    assert score(found, "physics_sentences", "acc").verdict == "identical"
+    assert "first difference: task version" in reproduce.table_text(found)
+
+
+def test_prompts_are_compared_before_scores(project: synthetic.Project, other: Path, tmp_path: Path) -> None:
+    def reworded(line: dict[str, Any]) -> None:
+        if line["doc_id"] == 3:
+            line["prompt_hash"] = "f" * 64
+            line["arguments"] = [["Another question?", "x"]]
+
+    edit(other, "physics_sentences", reworded)
+    _, found = judged(project.results, other, tmp_path)
+    entry = score(found, "physics_sentences", "acc")
+    assert entry.verdict != "identical"
+    assert entry.samples is not None
+    assert entry.samples.changed_prompts == 1
+    assert "document 3" in (entry.samples.first_changed_prompt or "")
+    assert entry.unlike[-1].what == "prompt"
+    assert "document 3" in reproduce.table_markdown(found)
+
+
+def test_documents_of_one_side_only_are_told_and_left_out(
+    project: synthetic.Project, other: Path, tmp_path: Path
+) -> None:
+    (path,) = (p for p in other.glob("tasks/*/*/result.json") if read_record(p, UnitResult).task == "capitals")
+    samples = path.parent / "samples.jsonl.gz"
+    lines = gzip.decompress(samples.read_bytes()).splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["doc_id"] < 20]
+    samples.write_bytes(gzip.compress(b"".join(kept)))
+    record = read_record(path, UnitResult)
+    values = [json.loads(line)["acc"] for line in kept]
+    scores = [
+        s.model_copy(update={"value": sum(values) / 20, "n": 20}) if s.metric == "acc" else s for s in record.scores
+    ]
+    write_record(path, record.model_copy(update={"samples_sha256": sha256_file(samples), "scores": scores}))
+    code, found = judged(project.results, other, tmp_path)
+    entry = score(found, "capitals", "acc")
+    assert code == 3
+    assert (entry.verdict, entry.n, entry.effect) == ("inconclusive", 20, 0.0)
+    assert entry.samples is not None
+    assert entry.samples.only_reference == 28
+    assert "judged on the 20 documents of both sides" in entry.notes
+
+
+def test_two_runs_of_nothing_in_common_are_not_judged(
+    project: synthetic.Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    apart = synthetic.write_project(
+        tmp_path / "c", synthetic.DEMO_MODELS[:1], [synthetic.Task("elsewhere")], trace=False
+    )
+    assert reproduce.main(["compare", str(project.results), str(apart.results)]) == 2
+    assert "no score in common" in capsys.readouterr().err
+    assert reproduce.main(["compare", str(project.results), str(tmp_path)]) == 2
+    assert "name a results folder or a bundle" in capsys.readouterr().err
+
+
+def published(results: Path, task: str, metric: str, value: float, **fields: Any) -> Reference:
+    unit = next(r for p in results.glob("tasks/*/*/result.json") if (r := read_record(p, UnitResult)).task == task)
+    entry = {"model": unit.model, "suite": unit.suite, "task": task, "metric": metric, "value": value}
+    return Reference.model_validate(
+        {
+            "title": "A paper",
+            "source": {"url": "https://example.org", "where": "a table", "seen": "for this test"},
+            "made_with": {"harness": "lm-eval", "hardware": "another computer"},
+            "margin": {"absolute": 0.25, "because": "of this test"},
+            "models": {unit.model: {"hub": "a/b", "revision": "0" * 40}},
+            "suites": {unit.suite: {"tasks": [task]}},
+            "scores": [entry | fields],
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "away", "fields", "word"),
+    [
+        ("capitals", "acc", 0.0, {"n": 5000}, "reproduced"),
+        ("capitals", "acc", 0.4, {"n": 5000}, "differs"),
+        ("capitals", "acc", 0.05, {"n": 5000, "margin": {"absolute": 0.1, "because": "x"}}, "inconclusive"),
+        ("capitals", "acc", 0.0, {"stderr": 0.01}, "reproduced"),
+        ("capitals", "acc", 0.0, {}, "reproduced"),
+        ("capitals", "acc", 0.0, {"n": 5000, "rounded_to": 0.4}, "inconclusive"),
+        ("essays", "word_perplexity", 0.0, {"margin": {"relative": 0.5, "because": "x"}}, "reproduced"),
+        ("mmlu", "acc", 0.0, {"stderr": 0.01}, "reproduced"),
+        ("mmlu", "acc", 0.5, {"stderr": 0.01}, "differs"),
+    ],
+)
+def test_a_published_value(
+    project: synthetic.Project, task: str, metric: str, away: float, fields: dict[str, Any], word: str
+) -> None:
+    models = load(project.results, project.evaluations)
+    value = next(s.value for u in models[0].units for s in u.result.scores if (s.task, s.metric) == (task, metric))
+    found = reproduce.judge_published(published(project.results, task, metric, value - away, **fields), models)
+    (entry,) = found.scores
+    assert entry.verdict == word
+    assert entry.effect is not None
+    assert (entry.low or 0) <= entry.effect <= (entry.high or 0)
+    assert entry.unlike[0].what == "model"
+    assert "hardware" in [unlike.what for unlike in entry.unlike]
+    assert bool([note for note in entry.notes if "taken to" in note]) == (not {"n", "stderr"} & fields.keys())
+
+
+def test_a_published_score_that_was_not_evaluated_is_inconclusive(project: synthetic.Project) -> None:
+    models = load(project.results, project.evaluations)
+    found = reproduce.judge_published(published(project.results, "capitals", "f1", 0.5), models)
+    assert found.verdict == "inconclusive"
+    assert found.scores[0].notes == ["not evaluated here"]
+    assert found.exit_code == 3
+
+
+def test_shown_verdicts_exit_with_their_code(
+    project: synthetic.Project, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, found = judged(project.results, other, tmp_path)
+    for word, code in (("identical", 0), ("reproduced", 0), ("differs", 1), ("inconclusive", 3)):
+        record = found.model_copy(update={"verdict": word, "exit_code": code})
+        write_record(tmp_path / "shown.json", record)
+        capsys.readouterr()
+        assert reproduce.main(["show", str(tmp_path / "shown.json")]) == code
+        assert word.upper() in capsys.readouterr().out
+
+
+def test_the_newest_evaluation_of_a_model_counts(project: synthetic.Project, other: Path) -> None:
+    (path,) = other.glob("runs/*/evaluation.json")
+    old = read_record(path, Evaluation)
+    write_record(other / "runs/older/evaluation.json", old.model_copy(update={"begin": "2020-01-01T00:00:00+00:00"}))
+    assert reproduce.newest(other) == [path]
