@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -124,6 +124,7 @@ def test_paired_proportions_are_symmetric_and_sane(n: int, data: st.DataObject, 
 @given(
     n=st.integers(2, 3000), m=st.integers(2, 3000), a=st.floats(0, 1), b=st.floats(0, 1), rounding=st.floats(0, 0.01)
 )
+@example(n=2, m=2, a=1 - 2**-53, b=1e-9, rounding=0.0)
 def test_rounding_never_helps(n: int, m: int, a: float, b: float, rounding: float) -> None:
     exact = verdict.unpaired_proportions(a, n, b, m, 0.05)
     rounded = verdict.unpaired_proportions(a, n, b, m, 0.05, rounding)

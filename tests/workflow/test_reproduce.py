@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import zipfile
@@ -12,7 +11,7 @@ import pytest
 from conftest import BASE, command, environment
 
 from reproval.files import read_record
-from reproval.records import Evaluation, UnitResult
+from reproval.records import Evaluation
 from reproval.reproduce import Reproduction
 
 CONFIG = """
@@ -31,10 +30,11 @@ title: Ten opposites
 source: {url: "https://example.org/paper", where: table 1, seen: written for this test}
 made_with: {harness: lm-eval, engine: vLLM, hardware: a computer, chat_template: false}
 margin: {absolute: 0.05, because: written for this test}
-models: {published-name: {hub: example/model, revision: 0123456789012345678901234567890123456789, dtype: float32}}
-suites: {one: {include_path: config/demo/tasks, limit: 6, tasks: [demo_opposites]}}
+models:
+  smollm2: {hub: a/b, revision: 0123456789012345678901234567890123456789, dtype: float32, suites: [short]}
+suites: {short: {include_path: TASKS, tasks: [{task: demo_opposites, limit: 6}, {task: demo_prose, limit: 6}]}}
 scores:
-  - {model: published-name, suite: one, task: demo_opposites, metric: acc, value: VALUE, n: 1000, task_version: 7}
+  - {model: smollm2, suite: short, task: demo_opposites, metric: acc, value: 0.1, n: 1000, task_version: 7}
 """
 # On every machine. What a German or Turkish locale would change (decimal commas, sorting, case), C changes too.
 FIRST = {"LC_ALL": "C.utf8", "TZ": "America/New_York"}
@@ -100,6 +100,8 @@ def reproduced(second: Path) -> Reproduction:
     assert done.returncode == 0, done.stdout
     assert "Run again from got.zip: " in done.stdout
     assert "demo_opposites" in done.stdout
+    (evaluation,) = second.glob("results/runs/*/evaluation.json")
+    shutil.copy(evaluation, second / "evaluation-from-the-bundle.json")
     return read_record(second / "results/reproduction.json", Reproduction)
 
 
@@ -145,42 +147,38 @@ def test_another_machine_gets_the_same_answers(reproduced: Reproduction) -> None
 
 
 def test_the_second_machine_is_described_by_itself(first: Path, second: Path, reproduced: Reproduction) -> None:
-    (here,) = (read_record(path, Evaluation) for path in second.glob("results/runs/*/evaluation.json"))
+    here = read_record(second / "evaluation-from-the-bundle.json", Evaluation)
     (there,) = (read_record(path, Evaluation) for path in first.glob("results/runs/*/evaluation.json"))
     assert (here.plan.hardware.cpus, there.plan.hardware.cpus) == (1, 2)
     for ours, theirs in zip(here.units, there.units, strict=True):
-        a = read_record(second / "results" / ours.folder / "result.json", UnitResult)
-        b = read_record(first / "results" / theirs.folder / "result.json", UnitResult)
-        assert a.key == b.key
+        assert ours.key == theirs.key
         assert not ours.reused
 
 
 def test_a_published_value_is_judged_and_the_verdict_outlives_the_failed_run(
     second: Path, reproduced: Reproduction
 ) -> None:
-    """No engine starts: the run's results are kept from before under another name of the model and suite."""
-    shutil.copytree(BASE / "config/demo", second / "config/demo", dirs_exist_ok=True)
-    for value, code, word in (("0.1", 1, "differs"), ("0.9", 3, "inconclusive")):
-        (second / "paper.yaml").write_text(REFERENCE.replace("VALUE", value))
-        arguments = ["--configfile", "here.yaml", "--config", "reference=paper.yaml"]
-        weights = "models={published-name: {path: weights}}"
-        done = run(second, SECOND, "--cores", "1", "reproduce", *arguments, weights)
-        found = read_record(second / "results/reproduction.json", Reproduction)
-        assert (found.verdict, found.exit_code) == (word, code), done.stdout
-        assert done.returncode == 1
-        assert f"Ten opposites: {word.upper()}" in done.stdout
-        (score,) = found.scores
-        assert [entry.what for entry in score.unlike][:2] == ["model", "task version"]
-        assert (second / "results/reproduction.md").read_text().startswith(f"# Ten opposites: {word}")
+    """It asks for what the bundle asked for, so that nothing has to be run again."""
+    (tasks,) = second.glob("resources/bundles/*/task-files/short")
+    (second / "paper.yaml").write_text(REFERENCE.replace("TASKS", str(tasks.relative_to(second))))
+    arguments = ["--configfile", "here.yaml", "--config", "reference=paper.yaml", "models={smollm2: {path: weights}}"]
+    done = run(second, SECOND, "--cores", "1", "reproduce", *arguments)
+    found = read_record(second / "results/reproduction.json", Reproduction)
+    assert (found.verdict, found.exit_code, done.returncode) == ("differs", 1, 1), done.stdout
+    assert "Ten opposites: DIFFERS" in done.stdout
+    (score,) = found.scores
+    assert [entry.what for entry in score.unlike][:2] == ["model", "task version"]
+    assert (second / "results/reproduction.md").read_text().startswith("# Ten opposites: differs")
+    assert "rule evaluate" not in done.stdout
 
 
 def test_a_changed_byte_is_named_before_anything_starts(second: Path) -> None:
     data = bytearray((second / "got.zip").read_bytes())
-    at = data.index(b"results/tasks/") + 400
-    data[at] ^= 1
+    with zipfile.ZipFile(second / "got.zip") as archive:
+        changed = next(info for info in archive.infolist() if info.filename.endswith("/result.json"))
+    data[changed.header_offset + 30 + len(changed.filename) + 100] ^= 1
     (second / "bad.zip").write_bytes(data)
     done = run(second, SECOND, "reproduce", "--configfile", "here.yaml", "--config", "bundle=bad.zip")
     assert done.returncode != 0
-    assert "result.json" in done.stdout
-    assert "changed after it was bundled" in done.stdout
-    assert not list(os.scandir(second / "resources/bundles")) or "bad" not in done.stdout.partition("bad.zip")[0]
+    assert f"{changed.filename}: changed after it was bundled" in done.stdout
+    assert len(list((second / "resources/bundles").iterdir())) <= 1

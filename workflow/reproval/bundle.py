@@ -187,6 +187,7 @@ def _refuse_secrets(name: str, content: Content) -> None:
 
 ENCODINGS = {
     ".json": "application/json",
+    ".jsonl": "application/jsonl",
     ".yaml": "application/yaml",
     ".html": "text/html",
     ".md": "text/markdown",
@@ -220,7 +221,8 @@ def crate(files: Mapping[str, tuple[int, str]], runs: list[BundledRun]) -> dict[
             for package, version in result.provenance.packages.items():
                 identity = f"https://pypi.org/project/{package}/{version.partition('+')[0]}/"
                 software[identity] = {
-                    "@id": identity, "@type": "SoftwareApplication", "name": package, "softwareVersion": version
+                    "@id": identity, "@type": "SoftwareApplication", "name": package, "url": identity,
+                    "softwareVersion": version,
                 }  # fmt: skip
             container = result.provenance.container
             if container is not None:
@@ -284,9 +286,14 @@ def crate(files: Mapping[str, tuple[int, str]], runs: list[BundledRun]) -> dict[
         *actions,
     ]
     for name, (size, sha256) in files.items():
-        entity: dict[str, Any] = {"@id": name, "@type": "File", "contentSize": str(size), "sha256": sha256}
-        if encoding := ENCODINGS.get(PurePosixPath(name).suffix):
-            entity["encodingFormat"] = encoding
+        entity: dict[str, Any] = {
+            "@id": name,
+            "@type": "File",
+            "name": PurePosixPath(name).name,
+            "contentSize": str(size),
+            "sha256": sha256,
+            "encodingFormat": ENCODINGS.get(PurePosixPath(name).suffix, "text/plain"),
+        }
         if name == "workflow/Snakefile":
             entity |= {
                 "@type": ["File", "SoftwareSourceCode", "ComputationalWorkflow"],

@@ -662,7 +662,9 @@ def judge_runs(
         )
         if compared.changed_prompts:
             first = Unlike(what="prompt", reference="", here=compared.first_changed_prompt or "")
-            update["unlike"] = [*unlike, first]
+            hashes = [entry.what.startswith("task and its prompts") for entry in unlike]
+            at_hash = hashes.index(True) if True in hashes else len(unlike)
+            update["unlike"] = [*unlike[:at_hash], first, *unlike[at_hash + 1 :]]
         update |= {"notes": result.notes, "samples": compared}
         changes = result.changed_scores + compared.changed_prompts + compared.changed_answers
         identical = result.same_documents and changes == 0

@@ -144,9 +144,14 @@ def tango_interval(only_ours: int, only_theirs: int, n: int, level: float = LEVE
         return float(tango(only_ours, only_theirs, n, d)[()]) - target
 
     effect = (only_ours - only_theirs) / n
-    low = -1.0 if effect <= -1 else optimize.brentq(at, -edge, min(effect, edge), args=(z,))
-    high = 1.0 if effect >= 1 else optimize.brentq(at, max(effect, -edge), edge, args=(-z,))
-    return float(low), float(high)
+    return _crossing(at, -edge, effect, z, -1.0), _crossing(at, effect, edge, -z, 1.0)
+
+
+def _crossing(at: Callable[[float, float], float], low: float, high: float, target: float, bound: float) -> float:
+    """Where `at` reaches the target between low and high, or `bound` where the effect lies at the end of the scale."""
+    if low >= high or at(low, target) * at(high, target) > 0:
+        return bound
+    return float(optimize.brentq(at, low, high, args=(target,)))
 
 
 def paired_binary(ours: Floats, theirs: Floats, margin: float, alpha: float = ALPHA) -> Evidence:
@@ -323,15 +328,14 @@ def unpaired_proportions(
         p_difference = float(2 * stats.norm.sf(abs(z(math.copysign(rounding, effect)))))
     reach = float(stats.norm.ppf((1 + LEVEL) / 2))
     edge = 1 - 1e-9
-    low = -1.0 if effect <= -edge else optimize.brentq(z, -edge, min(effect, edge), args=(reach,))
-    high = 1.0 if effect >= edge else optimize.brentq(z, max(effect, -edge), edge, args=(-reach,))
+    low, high = _crossing(z, -edge, effect, reach, -1.0), _crossing(z, effect, edge, -reach, 1.0)
     adjusted = [(p * n + 1) / (n + 2) for p, n in ((ours, n_ours), (theirs, n_theirs))]
     stderr = math.sqrt(sum(p * (1 - p) / (n + 2) for p, n in zip(adjusted, (n_ours, n_theirs), strict=True)))
     return Evidence(
         n_ours,
         effect,
-        max(float(low) - rounding, -1.0),
-        min(float(high) + rounding, 1.0),
+        max(low - rounding, -1.0),
+        min(high + rounding, 1.0),
         p_equivalence,
         p_difference,
         _reach(alpha) * stderr + rounding,
