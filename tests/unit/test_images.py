@@ -22,9 +22,7 @@ def test_the_record_is_as_new_as_dockerfile_and_locks() -> None:
 
 
 @pytest.mark.parametrize("changed", ["Dockerfile", "lock"])
-def test_a_change_that_was_not_recorded_is_found(
-    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_change_that_was_not_recorded_is_found(changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = images.read()
     if changed == "Dockerfile":
         copy = Path(shutil.copy(images.DOCKERFILE, tmp_path))
@@ -61,8 +59,13 @@ def test_labels_name_lock_base_and_the_versions_that_decide_scores() -> None:
 def test_the_definition_for_apptainer_alone_has_every_step_and_variable_of_the_dockerfile(tmp_path: Path) -> None:
     text = images.DOCKERFILE.read_text(encoding="utf-8")
     made = build.definition("cpu", "registry.example/base@sha256:" + "0" * 64, tmp_path, {})
-    assert text.count("\nRUN ") == 5
-    for step in ("--no-install-recommends bash ca-certificates gcc", "envs/install ${ENGINE}", "UNCHECKED_HASH"):
+    assert text.count("\nRUN ") == 6
+    for step in (
+        "--no-install-recommends bash ca-certificates python3",
+        "--no-install-recommends g++ gcc",
+        "envs/install ${ENGINE}",
+        "UNCHECKED_HASH",
+    ):
         assert step in made
     for name in ("PATH", "HF_HOME", "PYTHONNOUSERSITE", "NVIDIA_VISIBLE_DEVICES"):
         assert f"export {name}=" in made.partition("%environment")[2]

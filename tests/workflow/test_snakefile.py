@@ -95,8 +95,10 @@ def test_a_key_given_on_the_command_line_is_checked_too(project: Path, snakemake
     assert "auto" in done.stdout
 
 
-def test_a_container_run_without_an_image_says_what_is_missing(project: Path, snakemake: Snakemake) -> None:
-    done = snakemake(project, "--configfile", "config.yaml", "--use-singularity", "-n")
+def test_a_container_run_without_an_image_says_what_is_missing(
+    checkout: Path, project: Path, snakemake: Snakemake
+) -> None:
+    done = snakemake(project, "--configfile", "config.yaml", "--use-singularity", "-n", base=checkout)
     assert done.returncode != 0
     assert "container:" in done.stdout
 

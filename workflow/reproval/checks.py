@@ -452,8 +452,8 @@ def _generation(report: Report, at: KeyPath, own: Any, suite: Any) -> None:
     both = {**(suite if isinstance(suite, Mapping) else {}), **own}
     temperature, sample = both.get("temperature"), both.get("do_sample")
     reads = [(*at, "temperature"), (*at, "do_sample")]
-    number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
-    if number and temperature > 0 and sample is not True:
+    degrees = temperature if isinstance(temperature, int | float) and not isinstance(temperature, bool) else None
+    if degrees is not None and degrees > 0 and sample is not True:
         report.add(
             (*at, "temperature") if "temperature" in own else (*at, "do_sample"),
             found=f"temperature: {show(temperature)} "
@@ -462,7 +462,7 @@ def _generation(report: Report, at: KeyPath, own: Any, suite: Any) -> None:
             mend="add do_sample: true, or delete temperature",
             reads=reads,
         )
-    if number and temperature == 0 and sample is True:
+    if degrees == 0 and sample is True:
         report.add(
             (*at, "do_sample") if "do_sample" in own else (*at, "temperature"),
             found=f"do_sample: true with temperature: {show(temperature)}",

@@ -67,8 +67,8 @@ def stage_model(name: str, model: ModelConfig, store: Path) -> ModelManifest:
 
 def fetch_model(name: str, model: ModelConfig, store: Path, patterns: list[str]) -> tuple[Path, str]:
     """Download from the Hub at the resolved commit; return the folder and the commit. Raises StageError."""
+    from httpx2 import HTTPError  # what huggingface_hub lets through when no connection can be made
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     assert model.hub is not None
     # HfApi reads HF_TOKEN itself; the token never enters an argument or a record.
@@ -79,7 +79,7 @@ def fetch_model(name: str, model: ModelConfig, store: Path, patterns: list[str])
         assert info.sha is not None
         folder = store / "models" / f"{name}-{info.sha[:12]}"
         snapshot_download(model.hub, revision=info.sha, local_dir=folder, allow_patterns=patterns)
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         raise StageError(
             f"models.{name}: {model.hub} at {model.revision} could not be fetched: {_first_line(error)}; "
             "run `snakemake stage` where the network is, with HF_TOKEN set if the repository is gated"
@@ -124,7 +124,7 @@ def stage_tasks(suite: str, runs: list[RunFile]) -> TaskManifest:
 
 
 def _dataset_source(name: str, task: Any) -> DatasetSource:
-    """Where a task's documents come from, and the commit that the Hub resolved to when it can be read from the cache."""
+    """Where a task's documents come from, and the Hub's commit where it can be read from the cache."""
     if callable(task.config.custom_dataset):
         return DatasetSource(task=name, path=None)
     revision = (task.config.dataset_kwargs or {}).get("revision")

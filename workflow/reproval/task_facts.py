@@ -28,7 +28,7 @@ def encoder(folder: str, trust_remote_code: bool) -> Any:
     from lm_eval.models.utils import _add_special_kwargs, has_bos_prefix
     from transformers import AutoTokenizer
 
-    class Encoder(TemplateLM):
+    class Encoder(TemplateLM):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

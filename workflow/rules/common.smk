@@ -10,9 +10,10 @@ from snakemake.resources import Resource
 from snakemake.settings.types import DeploymentMethod
 
 BASE = Path(workflow.basedir)
-sys.path[:0] = [str(BASE / "workflow"), str(BASE / "envs")]
+sys.path[:0] = [str(BASE / folder) for folder in ("workflow", "envs")]
 
 from install import stamp_of
+from reproval import bundle as bundles
 from reproval import config as configuration
 from reproval import container as containers
 from reproval import folders, provenance, reference, run_file
@@ -113,6 +114,7 @@ JOB_ENVIRONMENT = {
     "PYTHONPATH": BASE / "workflow",
     "PYTHONNOUSERSITE": 1,
     "REPROVAL_GIT": provenance.git_note(),
+    "REPROVAL_SNAPSHOT": SNAPSHOT,
     "HF_HOME": Path(STORE).resolve() / "huggingface",
     "XDG_CACHE_HOME": CACHE,
     "VLLM_CACHE_ROOT": CACHE / "vllm",
@@ -121,8 +123,6 @@ JOB_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": 1,
     "DO_NOT_TRACK": 1,
 }
-shell.prefix("".join(f"export {name}={shlex.quote(str(value))}; " for name, value in JOB_ENVIRONMENT.items()))
-
 # --- what runs the engine's Python -------------------------------------------------------------------------------------
 
 # After `stage` nothing looks for the network, and no token reaches a job.
@@ -155,10 +155,42 @@ if IMAGE:
     if not given.startswith(made):
         workflow.deployment_settings.apptainer_args = f"{made} {given}".strip()
     inside = f" -m reproval.container run {shlex.quote(str(IMAGE.record))}"
-    ENGINE = "python3" + inside
-    ONLINE_ENGINE = containers.online_command(IMAGE, bound, given.removeprefix(made)) + inside
+    ENGINE = f"python3{inside}"
+    ONLINE_ENGINE = f"{containers.online_command(IMAGE, bound, given.removeprefix(made))}{inside}"
 else:
     IMAGE_RECORD = {}
     ENGINE = ONLINE_ENGINE = shlex.join([str(BASE / "envs" / "python"), ENGINE_ENV])
 
-OFFLINE = WITHOUT_NETWORK + ENGINE
+
+def escaped(command):
+    """A command as text that Snakemake formats."""
+    return command.replace("{", "{{").replace("}", "}}")
+
+
+# What the rules' commands begin with. As functions of the shell they are no part of a command, so that a checkout or an
+# environment that moved is no reason to run a job again.
+COMMANDS = {"controller": CONTROLLER, "engine": WITHOUT_NETWORK + ENGINE, "online_engine": ONLINE_ENGINE}
+shell.prefix(
+    "".join(f"export {name}={shlex.quote(str(value))}; " for name, value in JOB_ENVIRONMENT.items())
+    + "".join(f'{name}() {{{{ {escaped(command)} "$@"; }}}}; ' for name, command in COMMANDS.items())
+)
+
+# --- what a reproduction is judged by ----------------------------------------------------------------------------------
+
+if CONFIG.reference:
+    AGAINST = {"reference": str(reference.find(CONFIG.reference, "reference", BASE, Path.cwd()))}
+elif CONFIG.bundle:
+    AGAINST = {"bundle": str(bundles.unpacked(reference.find(CONFIG.bundle, "bundle", BASE, Path.cwd()), Path(STORE)))}
+else:
+    AGAINST = {}
+
+
+def judged_against(wildcards):
+    """The file that decides what a run is judged by."""
+    if not AGAINST:
+        raise WorkflowError(
+            "`reproduce` needs --config reference=FILE, a published evaluation such as those in config/references/, "
+            "or --config bundle=FILE, which `snakemake bundle` makes on another machine"
+        )
+    ((kind, path),) = AGAINST.items()
+    return path if kind == "reference" else f"{path}/{bundles.SUMS}"

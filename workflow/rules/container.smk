@@ -20,5 +20,5 @@ rule stage_image:
         ),
         sif=str(IMAGE.sif),
     shell:
-        "{CONTROLLER} -m reproval.container stage --image {IMAGE.name:q} --sif {params.sif:q} {params.known}"
+        "controller -m reproval.container stage --image {IMAGE.name:q} --sif {params.sif:q} {params.known}"
         " --out {output.record:q} 2>&1 | tee {log:q}"

@@ -17,6 +17,6 @@ rule evaluate:
         gpu=CONFIG.hardware.gpus,
         mem_mb=round(CONFIG.hardware.host_memory_gib * 1024),
     shell:
-        "{OFFLINE} -m reproval.evaluate --run {input.run:q} --facts {input.facts:q} --plan {input.plan:q}"
+        "engine -m reproval.evaluate --run {input.run:q} --facts {input.facts:q} --plan {input.plan:q}"
         " --manifest {input.model:q} --results results --log {log:q}"
         " --out {output.evaluation:q} --trace {output.memory:q}"

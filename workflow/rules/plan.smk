@@ -15,7 +15,7 @@ rule find_facts:
     log:
         "logs/facts/{run}.log",
     shell:
-        "{OFFLINE} -m reproval.facts --run {input.run:q} --manifest {input.model:q} --out {output:q} > {log:q} 2>&1"
+        "engine -m reproval.facts --run {input.run:q} --manifest {input.model:q} --out {output:q} > {log:q} 2>&1"
 
 
 rule make_plan:
@@ -30,7 +30,7 @@ rule make_plan:
     container:
         None
     shell:
-        "{CONTROLLER} -m reproval.plan make --run {input.run:q} --facts {input.facts:q} --tiers {input.tiers:q}"
+        "controller -m reproval.plan make --run {input.run:q} --facts {input.facts:q} --tiers {input.tiers:q}"
         " --out {output:q} 2> {log:q}"
 
 
@@ -43,4 +43,4 @@ rule plan:
     container:
         None
     shell:
-        "{CONTROLLER} -m reproval.plan table {input:q} 2> {log:q}"
+        "controller -m reproval.plan table {input:q} 2> {log:q}"

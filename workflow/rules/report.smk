@@ -12,7 +12,7 @@ rule collect:
     container:
         None
     shell:
-        "{CONTROLLER} -m reproval.collect --results results --evaluations {input:q}"
+        "controller -m reproval.collect --results results --evaluations {input:q}"
         " --csv {output.csv:q} --parquet {output.parquet:q} 2> {log:q}"
 
 
@@ -31,5 +31,5 @@ rule report:
     container:
         None
     shell:
-        "{CONTROLLER} -m reproval.report --results results --evaluations {input.evaluations:q}"
+        "controller -m reproval.report --results results --evaluations {input.evaluations:q}"
         " --html {output.html:q} --markdown {output.markdown:q} --json {output.json:q} 2> {log:q}"

@@ -1,25 +1,5 @@
 # A published evaluation, or another machine's bundle, run here and judged; and the bundle for the next machine.
 
-from reproval import bundle as bundles
-
-if CONFIG.reference:
-    AGAINST = {"reference": str(reference.find(CONFIG.reference, "reference", BASE, Path.cwd()))}
-elif CONFIG.bundle:
-    AGAINST = {"bundle": str(bundles.unpacked(reference.find(CONFIG.bundle, "bundle", BASE, Path.cwd()), Path(STORE)))}
-else:
-    AGAINST = {}
-
-
-def judged_against(wildcards):
-    """The file that decides what a run is judged by."""
-    if not AGAINST:
-        raise WorkflowError(
-            "`reproduce` needs --config reference=FILE, a published evaluation such as those in config/references/, "
-            "or --config bundle=FILE, which `snakemake bundle` makes on another machine"
-        )
-    ((kind, path),) = AGAINST.items()
-    return path if kind == "reference" else f"{path}/{bundles.SUMS}"
-
 
 rule judge:
     # Settings and prompts first, then every score.
@@ -38,7 +18,7 @@ rule judge:
         title=shlex.quote(CONFIG.bundle or ""),
         margin=f"--margin {CONFIG.margin}" if CONFIG.margin else "",
     shell:
-        "{CONTROLLER} -m reproval.reproduce judge {params.against} --title {params.title} {params.margin}"
+        "controller -m reproval.reproduce judge {params.against} --title {params.title} {params.margin}"
         " --results results --evaluations {input.evaluations:q} --json {output.json:q} --markdown {output.markdown:q}"
         " 2> {log:q}"
 
@@ -54,7 +34,7 @@ rule reproduce:
     container:
         None
     shell:
-        "{CONTROLLER} -m reproval.reproduce show {input.json:q} 2> {log:q}"
+        "controller -m reproval.reproduce show {input.json:q} 2> {log:q}"
 
 
 rule bundle:
@@ -65,8 +45,8 @@ rule bundle:
         report=rules.report.output,
         scores=rules.collect.output,
         manifests=[
-            *expand(STORE + "/manifests/models/{model}.json", model=MODELS),
-            *expand(STORE + "/manifests/suites/{suite}.json", suite=SUITES),
+            *expand(f"{STORE}/manifests/models/{{model}}.json", model=MODELS),
+            *expand(f"{STORE}/manifests/suites/{{suite}}.json", suite=SUITES),
         ],
     output:
         "results/bundle.zip",
@@ -74,6 +54,8 @@ rule bundle:
         "logs/reproduce/bundle.log",
     container:
         None
+    params:
+        base=str(BASE),
     shell:
-        "{CONTROLLER} -m reproval.bundle make --results results --evaluations {input.evaluations:q}"
-        " --manifests {input.manifests:q} --base {BASE:q} --out {output:q} 2>&1 | tee {log:q}"
+        "controller -m reproval.bundle make --results results --evaluations {input.evaluations:q}"
+        " --manifests {input.manifests:q} --base {params.base:q} --out {output:q} 2>&1 | tee {log:q}"

@@ -3,8 +3,8 @@
 
 rule stage:
     input:
-        expand(STORE + "/manifests/models/{model}.json", model=MODELS),
-        expand(STORE + "/manifests/suites/{suite}.json", suite=SUITES),
+        expand(f"{STORE}/manifests/models/{{model}}.json", model=MODELS),
+        expand(f"{STORE}/manifests/suites/{{suite}}.json", suite=SUITES),
         IMAGE_RECORD.values(),
 
 
@@ -19,7 +19,7 @@ rule describe:
     params:
         digest=lambda wildcards: sha256_json(RUN_FILES[wildcards.run].model_dump(mode="json")),
     shell:
-        "{CONTROLLER} -m reproval.run_file --snapshot {SNAPSHOT:q} --run {wildcards.run} --out {output:q} 2> {log:q}"
+        'controller -m reproval.run_file --snapshot "$REPROVAL_SNAPSHOT" --run {wildcards.run} --out {output:q} 2> {log:q}'
 
 
 rule stage_model:
@@ -27,13 +27,13 @@ rule stage_model:
     input:
         run=lambda wildcards: f"results/runs/{MODELS[wildcards.model]}/run.json",
     output:
-        STORE + "/manifests/models/{model}.json",
+        f"{STORE}/manifests/models/{{model}}.json",
     log:
         "logs/stage/model-{model}.log",
     container:
         None
     shell:
-        "{CONTROLLER} -m reproval.stage model --run {input.run:q} --out {output:q} 2>&1 | tee {log:q}"
+        "controller -m reproval.stage model --run {input.run:q} --out {output:q} 2>&1 | tee {log:q}"
 
 
 rule stage_suite:
@@ -43,7 +43,7 @@ rule stage_suite:
         **IMAGE_RECORD,
         runs=lambda wildcards: expand("results/runs/{run}/run.json", run=SUITES[wildcards.suite]),
     output:
-        STORE + "/manifests/suites/{suite}.json",
+        f"{STORE}/manifests/suites/{{suite}}.json",
     log:
         "logs/stage/suite-{suite}.log",
     container:
@@ -51,4 +51,4 @@ rule stage_suite:
     params:
         suite=lambda wildcards: wildcards.suite.rpartition("-")[0],
     shell:
-        "{ONLINE_ENGINE} -m reproval.stage tasks --suite {params.suite:q} --runs {input.runs:q} --out {output:q} 2>&1 | tee {log:q}"
+        "online_engine -m reproval.stage tasks --suite {params.suite:q} --runs {input.runs:q} --out {output:q} 2>&1 | tee {log:q}"

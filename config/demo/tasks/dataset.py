@@ -8,12 +8,9 @@ import datasets
 DATA = Path(__file__).parent / "data"
 
 
-def load(**splits: str) -> datasets.DatasetDict:
-    """Return a DatasetDict with one split for each `split=FILE` under `dataset_kwargs`; metadata is ignored."""
-    return datasets.DatasetDict(
-        {
-            split: datasets.Dataset.from_list([json.loads(line) for line in (DATA / name).read_text("utf-8").splitlines()])
-            for split, name in splits.items()
-            if split in ("test", "dev")
-        }
-    )
+def load(test: str, dev: str | None = None, **_metadata: object) -> datasets.DatasetDict:
+    """The splits `test` and, for few-shot examples, `dev`, each from the file that `dataset_kwargs` names."""
+    files = {"test": test} | ({"dev": dev} if dev else {})
+    texts = {split: (DATA / file).read_text(encoding="utf-8") for split, file in files.items()}
+    rows = {split: [json.loads(line) for line in text.splitlines()] for split, text in texts.items()}
+    return datasets.DatasetDict({split: datasets.Dataset.from_list(entries) for split, entries in rows.items()})
