@@ -220,6 +220,7 @@ class Sampler:
         self._peaks: list[PhasePeak] = []
         self._peak = _Peak(phase, 0.0)
         self._pids: list[int] = []
+        self._found: set[int] = set()
         self._next_scan = 0.0
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -265,7 +266,10 @@ class Sampler:
         now = time.monotonic()
         if now >= self._next_scan:
             spent = time.thread_time()
-            self._pids = descendants(self._root)
+            found = descendants(self._root)
+            # Between fork and exec a process shows its parent's pages as its own: it counts from the second scan on.
+            self._pids = [pid for pid in found if pid in self._found or not self._found]
+            self._found = set(found)
             spent = time.thread_time() - spent
             self._next_scan = now + min(max(_SCAN_S[0], spent / _SCAN_SHARE), _SCAN_S[1])
         host = sum(_resident_bytes(pid) for pid in self._pids)
