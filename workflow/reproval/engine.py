@@ -25,7 +25,7 @@ from reproval.files import atomic, read_record, sha256_file, sha256_json, write_
 from reproval.records import EngineSettings, Part, PulledLever, Record, Score, UnitResult
 from reproval.run_file import RunFile
 from reproval.settings import Unit
-from reproval.tasks import chat_arguments, manager, prepare, seeds
+from reproval.tasks import chat_arguments, manager, seeds
 
 Emit = Callable[..., None]
 
@@ -163,13 +163,9 @@ def evaluate_unit(model: Any, entry: ChildUnit, task: ChildTask, arguments: dict
     from lm_eval import simple_evaluate
     from lm_eval.utils import handle_non_serializable
 
-    from reproval.scoring import greedy_unread
-
     begin, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     unit, settings = entry.unit, entry.unit.settings
     model.reset_paths()
-    # Requests do not say which metric reads them; the tasks do.
-    model.greedy_unread = greedy_unread(prepare(unit, task.run.seed).values())
     results = simple_evaluate(
         model=model,
         tasks=[unit.task],
