@@ -64,6 +64,7 @@ def push(archive: Path, name: str, insecure: bool) -> str:
 def describe(archive: Path, sbom: Path) -> dict[str, int]:
     """Write the SBOM as CycloneDX JSON; return how many components of each kind it names."""
     command = [syft(), "scan", f"oci-archive:{archive}", "--quiet", "--output", f"cyclonedx-json={sbom}"]
+    command += ["--source-name", f"reproval-{archive.name.partition('.')[0]}"]
     build.run(command, SYFT_CHECK_FOR_APP_UPDATE="false")
     content = json.loads(sbom.read_text(encoding="utf-8"))
     kinds: dict[str, int] = {}
