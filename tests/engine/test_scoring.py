@@ -36,6 +36,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[ReprovalVLLM]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
+        "TORCH_COMPILE_DISABLE": "1",
         "HF_HUB_OFFLINE": "1",
     }.items():
         patch.setenv(name, value)

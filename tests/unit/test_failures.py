@@ -273,3 +273,12 @@ def test_real_logs(name: str, returncode: int | None, phase: Phase, expected: Fa
     failure, decided = classify(lines, returncode, None, False, phase)
     assert failure == expected
     assert decided.startswith(message)
+
+
+def test_an_exception_behind_torchs_rank_is_named() -> None:
+    lines = [
+        "[rank0]: Traceback (most recent call last):",
+        "[rank0]: torch._inductor.exc.InductorError: No C++ compiler",
+    ]
+    found = classify(lines, 1, None, False, "tasks")
+    assert found == ("not_memory", "torch._inductor.exc.InductorError: No C++ compiler")

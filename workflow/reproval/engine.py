@@ -77,6 +77,10 @@ def environment(run: RunFile) -> dict[str, str]:
     }
     if run.batch_invariant:
         chosen["VLLM_BATCH_INVARIANT"] = "1"
+    if not run.hardware.gpus:
+        # vLLM compiles a few small functions even in eager mode: on a CPU that needs a C++ compiler, and takes longer
+        # than it can save.
+        chosen["TORCH_COMPILE_DISABLE"] = "1"
     return chosen
 
 

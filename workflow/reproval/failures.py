@@ -21,7 +21,9 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 # vLLM puts "(EngineCore pid=123) ERROR 11-22 23:58:43 [core.py:1510] " before every line of a traceback.
-_PREFIX = re.compile(r"^\s*(?:\([^()]* pid=\d+\)\s*)?(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)? \[[^\]]*\]\s*)?")
+_PREFIX = re.compile(
+    r"^\s*(?:\([^()]* pid=\d+\)\s*)?(?:\[rank\d+\]:\s*)?(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)? \[[^\]]*\]\s*)?"
+)
 _EXCEPTION = re.compile(
     r"^(?:[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt|OutOfResources|Failure)\b(?::|$)"
     r"|Fatal Python error|!+ Segfault)"
