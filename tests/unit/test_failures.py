@@ -281,4 +281,4 @@ def test_an_exception_behind_torchs_rank_is_named() -> None:
         "[rank0]: torch._inductor.exc.InductorError: No C++ compiler",
     ]
     found = classify(lines, 1, None, False, "tasks")
-    assert found == ("not_memory", "torch._inductor.exc.InductorError: No C++ compiler")
+    assert found == ("not_memory", "torch._inductor.exc.InductorError: No C++ compiler (exit code 1)")
