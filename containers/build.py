@@ -2,7 +2,7 @@
 
     containers/build gpu                   the image for machines with GPUs
     containers/build cpu                   the one for tests and laptops
-        --tool TOOL      buildah, podman, docker or apptainer; default: the first that answers, in this order
+        --tool TOOL      buildah, podman or docker; default: the first that answers, in this order
         --base IMAGE     instead of the base that images.yaml names, by digest
         --no-sif         only the OCI archive, for containers/release
         --record         write what was built into containers/images.yaml
@@ -39,7 +39,6 @@ TOOLS = {
     "buildah": ["buildah", "images"],
     "podman": ["podman", "images"],
     "docker": ["docker", "info"],
-    "apptainer": ["apptainer", "--version"],
 }
 OUT = BASE / ".env" / "images"
 
@@ -154,52 +153,6 @@ def bud(tool: str, engine: str, base: str, context: Path, mounted: dict[str, Pat
     )
 
 
-def definition(engine: str, base: str, context: Path, mounted: dict[str, Path]) -> str:
-    """The Dockerfile as a definition for Apptainer: the same steps in the same order, in one image.
-
-    Knows the instructions that this Dockerfile has: ARG, FROM, RUN, COPY, ENV, LABEL. A step that only prepares for
-    another stage is made all the same, and what it needed is removed at the end.
-    """
-    arguments = {
-        "ENGINE": engine,
-        "LOCK_SHA256": images.inputs(engine)["lock_sha256"],
-        "DEBIAN_FRONTEND": "noninteractive",
-    }
-    steps, environment = [], []
-    for line in re.sub(r"\\\n\s*", " ", _without_comments(DOCKERFILE.read_text(encoding="utf-8"))).splitlines():
-        keyword, _, rest = line.strip().partition(" ")
-        if keyword == "RUN":
-            steps.append(" ".join(re.sub(r"--mount=\S+\s+", "", rest).split()))
-        elif keyword == "ENV":
-            environment += [f'export {name}="{value}"' for name, value in re.findall(r"([A-Z_]+)=(\S+)", rest)]
-        elif keyword not in ("", "ARG", "FROM", "COPY", "LABEL", "ENTRYPOINT", "CMD"):
-            raise ImagesError(f"{DOCKERFILE}: {keyword} is not known to the build with Apptainer alone")
-    exports = [f'export {name}="{value}"' for name, value in arguments.items()]
-    return "\n".join(
-        [
-            *("Bootstrap: docker", f"From: {base}", ""),
-            *("%files", f"    {context}/envs /opt/reproval/envs", f"    {context}/wheels /wheels"),
-            *(f"    {path} /root/{name}" for name, path in mounted.items()),
-            *("", "%post", "set -eu"),
-            *exports,
-            "cp /root/pip.conf /etc/pip.conf",
-            "test ! -e /root/certificates || export SSL_CERT_FILE=/root/certificates PIP_CERT=/root/certificates",
-            *steps,
-            "apt-get purge -y -qq python3-venv && apt-get autoremove -y -qq",
-            "cd /opt/reproval && rm -rf envs .env/uv .env/cache .env/.*.flock /wheels",
-            "rm -rf /etc/pip.conf /root/pip.conf /root/certificates /var/lib/apt/lists/* /var/cache/* /var/log/*",
-            *("", "%environment", *exports[:1], *environment, ""),
-            "%labels",
-            *(f"    {key} {value}" for key, value in images.labels(engine, base).items()),
-            "",
-        ]
-    )
-
-
-def _without_comments(text: str) -> str:
-    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#"))
-
-
 def to_sif(tool: str, archive: Path, sif: Path) -> None:
     source = ("docker-archive:" if tool == "docker" else "oci-archive:") + str(archive)
     run(["apptainer", "build", "--force", "--disable-cache", str(sif), source])
@@ -260,21 +213,14 @@ def main() -> int:
         context = folder / "context"
         make_context(engine, context, settings)
         mounted = secrets(folder, settings)
-        if tool == "apptainer":
-            recipe = folder / "image.def"
-            recipe.write_text(definition(engine, base, context, mounted), encoding="utf-8")
-            fakeroot = ["--fakeroot"] if os.geteuid() else []
-            run(["apptainer", "build", "--force", "--disable-cache", *fakeroot, str(part), str(recipe)])
-        else:
-            bud(tool, engine, base, context, mounted, archive)
-            if not options.no_sif:
-                to_sif(tool, archive, part)
-    digest = None if tool == "apptainer" else archive_digest(archive)
+        bud(tool, engine, base, context, mounted, archive)
+        if not options.no_sif:
+            to_sif(tool, archive, part)
+    digest = archive_digest(archive)
     built = {"date": datetime.now(UTC).date().isoformat(), "base": base, "tool": tool, "digest": digest}
-    if tool != "apptainer":
-        built["archive"] = mebibytes(archive)
-        for size, step in layers(archive)[:5] if digest else []:
-            print(f"layer {size / 2**20:7.0f} MiB  {' '.join(step.split())[:90]}")
+    built["archive"] = mebibytes(archive)
+    for size, step in layers(archive)[:5] if digest else []:
+        print(f"layer {size / 2**20:7.0f} MiB  {' '.join(step.split())[:90]}")
     if not options.no_sif:
         part.replace(sif)
         built["sif"] = mebibytes(sif)

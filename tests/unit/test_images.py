@@ -56,22 +56,6 @@ def test_labels_name_lock_base_and_the_versions_that_decide_scores() -> None:
         assert re.fullmatch(r"[\d.]+(\+\w+)?", labels[f"reproval.version.{package}"])
 
 
-def test_the_definition_for_apptainer_alone_has_every_step_and_variable_of_the_dockerfile(tmp_path: Path) -> None:
-    text = images.DOCKERFILE.read_text(encoding="utf-8")
-    made = build.definition("cpu", "registry.example/base@sha256:" + "0" * 64, tmp_path, {})
-    assert text.count("\nRUN ") == 6
-    for step in (
-        "--no-install-recommends bash ca-certificates python3",
-        "--no-install-recommends g++ gcc",
-        "envs/install ${ENGINE}",
-        "UNCHECKED_HASH",
-    ):
-        assert step in made
-    for name in ("PATH", "HF_HOME", "PYTHONNOUSERSITE", "NVIDIA_VISIBLE_DEVICES"):
-        assert f"export {name}=" in made.partition("%environment")[2]
-    assert "--mount" not in made
-
-
 def test_only_wheels_that_a_lock_names_by_hash_are_taken_from_this_machine(tmp_path: Path) -> None:
     (tmp_path / "torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl").write_bytes(b"not that one")
     assert build.local_wheels("cpu", {"find-links": str(tmp_path)}) == []
