@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,22 @@ Snakemake = Callable[..., subprocess.CompletedProcess[str]]
 
 def command(*arguments: str, base: Path = BASE) -> list[str]:
     return [sys.executable, "-m", "snakemake", "--snakefile", str(base / "Snakefile"), "--cores", "2", *arguments]
+
+
+def copy_checkout(folder: Path) -> Path:
+    """Fill a folder with the workflow's files as Git has them or would take them: no environments, models, results."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=BASE,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in listed.stdout.splitlines():
+        if (BASE / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(BASE / name, folder / name)
+    return folder
 
 
 def environment() -> dict[str, str]:

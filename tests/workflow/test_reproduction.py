@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import BASE, command, environment
+from conftest import BASE, command, copy_checkout, environment
 
 from reproval.files import read_record
 from reproval.records import Evaluation
@@ -43,17 +43,7 @@ SECOND = {"LC_ALL": "C", "TZ": "Asia/Tokyo"}
 
 def clone(folder: Path) -> Path:
     """The workflow's files as Git has or would take them, with the environments that are installed here."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=BASE,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for name in listed.stdout.splitlines():
-        if (BASE / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(BASE / name, folder / name)
+    copy_checkout(folder)
     (folder / ".env").symlink_to(BASE / ".env")
     return folder
 

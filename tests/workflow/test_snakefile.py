@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import BASE, Snakemake
+from conftest import Snakemake, copy_checkout
 
 TARGETS = ["all", "plan", "facts", "stage", "report"]
 CONFIG = """
@@ -23,20 +21,7 @@ hardware: {host_memory_gib: 8, cpus: 2}
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The workflow's files as Git has them or would take them: without environments, models and results."""
-    base = tmp_path_factory.mktemp("checkout")
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=BASE,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for name in listed.stdout.splitlines():
-        if (BASE / name).is_file():
-            (base / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(BASE / name, base / name)
-    return base
+    return copy_checkout(tmp_path_factory.mktemp("checkout"))
 
 
 @pytest.fixture

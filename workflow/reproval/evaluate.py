@@ -104,12 +104,13 @@ def evaluate(
     work = results / "work" / run.run.name
     history = read_history(work / "attempts.json")
     traces: list[memory.Trace] = []
-    before = {
-        entry.key
+    # Rungs that differ by neutral levers share their keys; looking for a result reads all its samples.
+    folders = {
+        entry.key: Path(entry.folder)
         for step in plan.ladder
         for entry in child_units(run, facts, step.settings, results)
-        if keep.find(Path(entry.folder), entry.key)
     }
+    before = {key for key, folder in folders.items() if keep.find(folder, key)}
 
     def start_child(settings: EngineSettings, rung: int) -> supervise.ChildOutcome:
         units = child_units(run, facts, settings, results)

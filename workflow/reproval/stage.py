@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from reproval.files import read_record, sha256_file, sha256_json, write_record
+from reproval.folders import walk
 from reproval.records import DatasetSource, ModelManifest, StoredFile, TaskManifest
 from reproval.run_file import RunFile
 from reproval.settings import ModelConfig
@@ -32,12 +33,11 @@ def digest_of(files: list[StoredFile]) -> str:
 
 
 def list_files(folder: Path, patterns: list[str]) -> list[StoredFile]:
-    """Size and SHA-256 of every file below `folder` that matches, hidden folders left out. Reads every byte."""
-    found = {path for pattern in patterns for path in folder.rglob(pattern) if path.is_file()}
+    """Size and SHA-256 of every file below `folder` whose name matches, hidden ones left out. Reads every byte."""
     return [
         StoredFile(path=path.relative_to(folder).as_posix(), size_bytes=path.stat().st_size, sha256=sha256_file(path))
-        for path in sorted(found)
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        for path in walk(folder)
+        if any(path.match(pattern) for pattern in patterns)
     ]
 
 
@@ -47,11 +47,18 @@ def stage_model(name: str, model: ModelConfig, store: Path) -> ModelManifest:
     Raises StageError: the Hub cannot be reached, the repository needs a token, a file differs from the Hub's SHA-256.
     """
     patterns = MODEL_FILES + (PYTHON_FILES if model.trust_remote_code else [])
+    revision: str | None = None
+    promised: dict[str, str] = {}
     if model.path is not None:
-        folder, revision = Path(model.path), None
+        folder = Path(model.path)
     else:
-        folder, revision = fetch_model(name, model, store, patterns)
+        folder, revision, promised = fetch_model(name, model, store, patterns)
     files = list_files(folder, patterns)
+    for entry in files:
+        if promised.get(entry.path, entry.sha256) != entry.sha256:
+            path = folder / entry.path
+            path.unlink()
+            raise StageError(f"{path}: differs from the Hub's SHA-256 and was removed; run `snakemake stage` again")
     if not any(entry.path.endswith(".safetensors") for entry in files):
         raise StageError(f"models.{name}: {folder} holds no .safetensors file; convert the checkpoint to safetensors")
     return ModelManifest(
@@ -65,8 +72,11 @@ def stage_model(name: str, model: ModelConfig, store: Path) -> ModelManifest:
     )
 
 
-def fetch_model(name: str, model: ModelConfig, store: Path, patterns: list[str]) -> tuple[Path, str]:
-    """Download from the Hub at the resolved commit; return the folder and the commit. Raises StageError."""
+def fetch_model(name: str, model: ModelConfig, store: Path, patterns: list[str]) -> tuple[Path, str, dict[str, str]]:
+    """Download from the Hub; return the folder, the resolved commit, and the SHA-256 that the Hub gives by file.
+
+    Raises StageError.
+    """
     from httpx2 import HTTPError  # what huggingface_hub lets through when no connection can be made
     from huggingface_hub import HfApi, snapshot_download
 
@@ -84,12 +94,8 @@ def fetch_model(name: str, model: ModelConfig, store: Path, patterns: list[str])
             f"models.{name}: {model.hub} at {model.revision} could not be fetched: {_first_line(error)}; "
             "run `snakemake stage` where the network is, with HF_TOKEN set if the repository is gated"
         ) from error
-    for sibling in info.siblings or []:
-        path = folder / sibling.rfilename
-        if sibling.lfs is not None and path.exists() and sha256_file(path) != sibling.lfs.sha256:
-            path.unlink()
-            raise StageError(f"{path}: differs from the Hub's SHA-256 and was removed; run `snakemake stage` again")
-    return folder, info.sha
+    promised = {entry.rfilename: entry.lfs.sha256 for entry in info.siblings or [] if entry.lfs is not None}
+    return folder, info.sha, promised
 
 
 def stage_tasks(suite: str, runs: list[RunFile]) -> TaskManifest:
