@@ -87,7 +87,7 @@ def test_the_peak_of_host_memory_is_within_5_percent_and_stands_in_its_phase(chi
 
 def test_samples_come_at_20_hz_and_better_for_less_than_5_percent_of_a_core(child: Child) -> None:
     rates, shares = [], []
-    for _ in range(4):  # other work on the machine may take the core away for a while
+    for _ in range(8):  # other work on the machine may take the core away for a while
         before = resource.getrusage(resource.RUSAGE_SELF)
         begin = time.monotonic()
         sampler = Sampler(os.getpid())

@@ -233,8 +233,9 @@ class Sampler:
             if phase == self._peak.phase:
                 return
             self._sample()
-            self._peaks.append(self._peak.part(self._elapsed()))
-            self._peak = _Peak(phase, self._elapsed())
+            now = self._elapsed()
+            self._peaks.append(self._peak.part(now))
+            self._peak = _Peak(phase, now)
             self._sample()
 
     def stop(self) -> list[PhasePeak]:
