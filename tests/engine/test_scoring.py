@@ -71,7 +71,6 @@ def model(engine: ReprovalVLLM) -> Iterator[ReprovalVLLM]:
     model.submit_batch = 16
     model.on_progress = None
     model.request_cache = None
-    model.greedy_unread = set()
 
 
 def instances(task: str, pairs: list[tuple[str, str]]) -> list[Instance]:
@@ -80,7 +79,7 @@ def instances(task: str, pairs: list[tuple[str, str]]) -> list[Instance]:
     return [Instance("loglikelihood", {}, pair, index, (task, 0, 1)) for index, pair in enumerate(pairs)]
 
 
-def same_as_stock(model: ReprovalVLLM, requests: list[Instance], greedy: bool = True) -> list[Any]:
+def same_as_stock(model: ReprovalVLLM, requests: list[Instance]) -> list[Any]:
     """Score both ways and compare; gives ours."""
     model.scoring = "stock"
     stock = model.loglikelihood(requests, disable_tqdm=True)
@@ -89,7 +88,7 @@ def same_as_stock(model: ReprovalVLLM, requests: list[Instance], greedy: bool = 
     ours = model.loglikelihood(requests, disable_tqdm=True)
     dtype = str(model._engine_config.model_config.dtype).removeprefix("torch.")
     assert [value for value, _ in ours] == pytest.approx([value for value, _ in stock], abs=TOLERANCE[dtype])
-    if greedy and dtype == "float32":
+    if dtype == "float32":
         assert [flag for _, flag in ours] == [flag for _, flag in stock]
     return ours
 
@@ -185,13 +184,6 @@ def test_is_greedy_of_words_that_the_model_would_write(model: ReprovalVLLM) -> N
     pairs = [(context, written), (context, written + " dog dog"), (context, one), (context, " dog")]
     ours = same_as_stock(model, instances("last_word", pairs))
     assert [flag for _, flag in ours] == [True, False, True, False]
-
-
-def test_is_greedy_may_be_left_out_where_no_metric_reads_it(model: ReprovalVLLM) -> None:
-    model.greedy_unread = {"unread"}
-    requests = instances("unread", [(QUESTION, " the city of Paris"), (QUESTION, " a dog in Rome")])
-    ours = same_as_stock(model, requests, greedy=False)
-    assert all(flag in (None, False) for _, flag in ours)
 
 
 def test_rolling_equals_stock_over_several_windows(model: ReprovalVLLM) -> None:
@@ -301,34 +293,3 @@ def test_encoding_is_lm_evals_own(model: ReprovalVLLM) -> None:
     expected = [model._encode_pair(*pair) for pair in pairs]
     encoded = model._encode_pairs(pairs)
     assert [(context.tolist(), continuation.tolist()) for context, continuation in encoded] == expected
-
-
-def test_tasks_that_do_not_read_is_greedy_are_found(tmp_path: Path) -> None:
-    lm_eval_task = pytest.importorskip("lm_eval.api.task", reason="lm-eval is not installed here")
-    pytest.importorskip("vllm", reason="vLLM is not installed here")
-    from reproval.scoring import greedy_unread
-
-    data = tmp_path / "data.jsonl"
-    data.write_text('{"q": "a", "c": ["x", "y"], "a": 0}\n', encoding="utf-8")
-
-    def task(name: str, **more: Any) -> Any:
-        config = {
-            "task": name,
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(data)}},
-            "test_split": "test",
-            "output_type": "multiple_choice",
-            "doc_to_text": "{{q}}",
-            "doc_to_choice": "{{c}}",
-            "doc_to_target": "{{a}}",
-            "metric_list": [{"metric": "acc"}],
-        }
-        return lm_eval_task.ConfigurableTask(config={**config, **more})
-
-    tasks = [
-        task("plain"),
-        task("exact", metric_list=[{"metric": "acc"}, {"metric": "exact_match"}]),
-        task("own", process_results=lambda doc, results: {"acc": 1}),
-        task("word", output_type="loglikelihood"),
-    ]
-    assert greedy_unread(tasks) == {"plain"}

@@ -28,7 +28,6 @@ from reproval.requests import (
     computed_tokens,
     cut_left,
     plan,
-    reads_is_greedy,
     whole_request,
     windows,
 )
@@ -222,20 +221,6 @@ def test_cut_left_is_lm_evals(
 ) -> None:
     one, cut = cut_left(np.array(context, dtype=np.int32), np.array(continuation, dtype=np.int32), 5)
     assert (one.tokens.tolist(), one.first, cut) == expected
-
-
-@pytest.mark.parametrize(
-    ("output_type", "metrics", "own", "answer"),
-    [
-        ("multiple_choice", ["acc", "acc_norm"], False, False),
-        ("multiple_choice", ["acc", "exact_match"], False, True),
-        ("multiple_choice", ["acc"], True, True),
-        ("loglikelihood", ["perplexity", "acc"], False, True),
-        ("loglikelihood_rolling", ["word_perplexity"], False, False),
-    ],
-)
-def test_reads_is_greedy(output_type: str, metrics: list[str], own: bool, answer: bool) -> None:
-    assert reads_is_greedy(output_type, metrics, own) is answer
 
 
 def test_windows() -> None:

@@ -14,7 +14,7 @@ reaches it first, which is the one whose prefix-cache hit cannot reach past it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -306,18 +306,6 @@ class Pending:
     def result(self) -> tuple[float, bool | None]:
         """Sum in the order of the tokens, as lm-eval sums, and whether greedy decoding would give these tokens."""
         return sum(self.values), self.greedy
-
-
-def reads_is_greedy(output_type: str, metrics: Collection[str], own_process_results: bool) -> bool:
-    """Whether a task's scores may depend on `is_greedy` (lm_eval.api.task.ConfigurableTask.process_results, 0.4.13).
-
-    A task with a `process_results` function of its own may read it, so the answer is yes there.
-    """
-    if own_process_results:
-        return True
-    if output_type == "multiple_choice":
-        return "exact_match" in metrics
-    return output_type == "loglikelihood"
 
 
 def windows(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 from lm_eval.api.registry import register_model
-from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.utils import maybe_truncate, postprocess_generated_text
 from lm_eval.models.vllm_causallms import VLLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -39,7 +38,6 @@ from reproval.requests import (
     computed_tokens,
     cut_left,
     plan,
-    reads_is_greedy,
     sort_key,
     whole_request,
     windows,
@@ -84,25 +82,12 @@ class _Wanted:
 
     pending: Pending
     digest: bytes
-    key: bytes
     items: list[_Item]
     again: bool = False
 
 
 def _array(tokens: Sequence[int]) -> Tokens:
     return np.array(tokens, dtype=np.int32)
-
-
-def greedy_unread(tasks: Iterable[Any]) -> set[str]:
-    """Names of those lm-eval tasks (lm_eval.api.task.Task) whose scores do not read `is_greedy`."""
-    unread = set()
-    for task in tasks:
-        config = getattr(task, "config", None)
-        standard = isinstance(task, ConfigurableTask) and type(task).process_results is ConfigurableTask.process_results
-        own = not standard or callable(getattr(config, "process_results", None))
-        if not reads_is_greedy(task.OUTPUT_TYPE, getattr(task, "_metric_fn_list", {}), own):
-            unread.add(config.task if config is not None else task.task_name)
-    return unread
 
 
 @register_model("reproval-vllm")
@@ -116,8 +101,6 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
         goes on where it was. The key must name everything that decides an answer besides the request.
     on_progress: called with (done, total) lm-eval requests of the call in hand.
     scoring: "auto"; "token_ids" or "prompt_logprobs" to fix how prompt rows are read; "stock" for lm-eval's own code.
-    greedy_unread: tasks whose scores do not read `is_greedy` (reproval.requests.reads_is_greedy tells). Their
-        requests may get None for it. For all others it is always right.
     """
 
     def __init__(
@@ -129,7 +112,6 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
         cache_key: str | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         scoring: Scoring = "auto",
-        greedy_unread: Collection[str] = (),
         **engine: Any,
     ) -> None:
         """Start the engine. Raises ValueError for arguments that do not go together."""
@@ -144,7 +126,6 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
         super().__init__(pretrained, **engine)
         self.submit_batch = int(submit_batch)
         self.on_progress = on_progress
-        self.greedy_unread = {greedy_unread} if isinstance(greedy_unread, str) else set(greedy_unread)
         self.scoring: Scoring = scoring if self.data_parallel_size <= 1 else "stock"
         self.request_cache = None if cache_key is None else RequestCache(Path(str(request_cache)), cache_key)
         self._counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -264,9 +245,10 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
         return {"": [], **dict(zip(unique, self.tok_encode(unique), strict=True))}
 
     def _score(
-        self, item_windows: Iterator[list[_Item] | None], total: int, quiet: bool, read_greedy: bool = True
+        self, item_windows: Iterator[list[_Item] | None], total: int, quiet: bool, greedy: bool = True
     ) -> list[Result]:
-        """Results of all items, by position."""
+        """Results of all items, by position. Without `greedy` the second part of a result may be None."""
+        kind = "loglikelihood" if greedy else "loglikelihood_rolling"
         if self._block_size:
             # What earlier calls left in the prefix cache could hide rows that are wanted now.
             self.model.reset_prefix_cache()
@@ -282,7 +264,7 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
 
         def done(wanted: _Wanted) -> None:
             result = wanted.pending.result()
-            answered[wanted.key] = result
+            answered[wanted.digest] = result
             if self.request_cache is not None:
                 self.request_cache.put(wanted.digest, list(result))
             for item in wanted.items:
@@ -294,10 +276,9 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
                 if window is None:
                     yield None
                     continue
-                spans: dict[bool, dict[bytes, Span]] = {True: {}, False: {}}
+                spans: dict[bytes, Span] = {}
                 waiting = {key: wanted for key, wanted in waiting.items() if wanted.pending.missing}
                 for item in window:
-                    greedy = read_greedy and item.task not in self.greedy_unread
                     span = item.span
                     scored = len(span.tokens) - span.first
                     counts = self._counts[item.task]
@@ -310,23 +291,21 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
                             f"task {item.task}: a continuation has no token before it to condition on; its context is "
                             f"empty or max_model_len={self.max_length} is too short for it ({scored} tokens scored)"
                         )
-                    digest = self._digest("loglikelihood", span.first.to_bytes(4, "little"), span.tokens.tobytes())
-                    key = digest + bytes([greedy])
-                    if key in answered:
+                    digest = self._digest(kind, span.first.to_bytes(4, "little"), span.tokens.tobytes())
+                    if digest in answered:
                         counts["duplicates"] += item.counted
-                        give(item, answered[key])
-                    elif key in waiting:
+                        give(item, answered[digest])
+                    elif digest in waiting:
                         counts["duplicates"] += item.counted
-                        waiting[key].items.append(item)
-                    elif (kept := self._kept(digest)) is not None and not (greedy and kept[1] is None):
+                        waiting[digest].items.append(item)
+                    elif (kept := self._kept(digest)) is not None:
                         counts["cached"] += item.counted
-                        answered[key] = (kept[0], kept[1])
-                        give(item, answered[key])
+                        answered[digest] = (kept[0], kept[1])
+                        give(item, answered[digest])
                     else:
-                        waiting[key] = _Wanted(Pending.of(span), digest, key, [item])
-                        spans[greedy][key] = span
-                for greedy, some in spans.items():
-                    yield from self._jobs(some, waiting, greedy, done)
+                        waiting[digest] = _Wanted(Pending.of(span), digest, [item])
+                        spans[digest] = span
+                yield from self._jobs(spans, waiting, greedy, done)
 
         try:
             self._run(jobs())
@@ -413,7 +392,7 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
                     yield _Item(len(owners) - 1, request.task_name or "", None, span, cut, last)
 
         rolled = windows(items(), self.submit_batch)
-        results = self._score(rolled, len(requests), disable_tqdm, read_greedy=False)
+        results = self._score(rolled, len(requests), disable_tqdm, greedy=False)
         sums: list[float] = [0] * len(requests)
         for index, (value, _) in zip(owners, results, strict=True):
             sums[index] += value
