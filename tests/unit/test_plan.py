@@ -415,6 +415,16 @@ def test_stock_requests_are_submitted_in_batches_that_host_memory_holds() -> Non
     assert planned("Qwen3-4B", hardware, [long]).ladder[0].settings.submit_batch == 8192
 
 
+def test_a_small_model_is_planned_for_its_share_of_a_gpu_and_a_large_one_for_the_whole() -> None:
+    hardware = gpu(80).model_copy(update={"jobs_per_gpu": 2})
+    small, large = planned("Qwen3-0.6B", hardware), planned("Qwen3-32B", hardware)
+    assert (small.jobs_per_gpu, large.jobs_per_gpu) == (2, 1)
+    assert all(rung.predicted.peak_bytes <= hardware.gpu_memory_bytes // 2 for rung in small.ladder)
+    assert small.ladder[0].settings.gpu_memory_utilization < 0.5  # type: ignore[operator]
+    assert not any(lever.changes_scores for rung in small.ladder for lever in rung.levers)
+    assert large.ladder == planned("Qwen3-32B", gpu(80)).ladder
+
+
 def test_too_little_host_memory_is_said() -> None:
     hardware = gpu(80).model_copy(update={"host_memory_bytes": 4 * GIB})
     plan = planned("Qwen3-4B", hardware)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def make_plan(
     `asked` gives dtype, quantization and max_model_len that the user wants; they hold whatever the policy says.
     `scoring` is "suffix" for reproval's own requests and "stock" for lm-eval's, which hold more host memory.
     `runner` is vLLM's model runner: by default V2 on a GPU, and V1 on the CPU, where V2 lacks Triton.
-    Raises ConfigError if the tiers file lacks the policy.
+    Where jobs may share a GPU, a model that fits its share with neutral levers alone is planned for that, and any other
+    for whole GPUs. Raises ConfigError if the tiers file lacks the policy.
     """
     runner = runner or ("v2" if hardware.gpus else "v1")
     tier = tiers.tier_of(facts.parameters)
@@ -73,15 +75,25 @@ def make_plan(
         runner=runner,
         scoring=scoring,
     )
+    if hardware.gpus and hardware.jobs_per_gpu > 1:
+        shared = _plan(run, model, replace(case, jobs_per_gpu=hardware.jobs_per_gpu), asked, seed, policy)
+        if shared.fits:
+            return shared
+    return _plan(run, model, case, asked, seed, policy)
+
+
+def _plan(run: str, model: str, case: Case, asked: ModelConfig, seed: int | None, policy: str) -> Plan:
     reasons = Reasons()
     reasons.add(
         "tier",
-        tier.name,
-        f"{facts.parameters / 1e9:.2f} billion parameters are counted in the checkpoint; policy {policy}: "
-        f"{chosen_policy.summary}",
+        case.tier,
+        f"{case.facts.parameters / 1e9:.2f} billion parameters are counted in the checkpoint; policy {policy}: "
+        f"{case.policy.summary}",
     )
     first, given = first_settings(case, asked, seed, reasons, policy)
-    groups = [list(neutral_steps(case, each)) for each in groups_of(case, first)]
+    # A share of a GPU is for models that need no more than neutral levers on one GPU: the first group.
+    places = list(groups_of(case, first))[: 1 if case.jobs_per_gpu > 1 else None]
+    groups = [list(neutral_steps(case, each)) for each in places]
     found = next(
         (
             (place, step, settled)
@@ -94,10 +106,11 @@ def make_plan(
     common: dict[str, Any] = {
         "run": run,
         "model": model,
-        "hardware": hardware,
+        "hardware": case.hardware,
         "policy": policy,
-        "tier": tier.name,
-        "parameters": facts.parameters,
+        "tier": case.tier,
+        "parameters": case.facts.parameters,
+        "jobs_per_gpu": case.jobs_per_gpu,
     }
     if found is None:
         return Plan(**common, fits=False, advice=_advice(case, first), levers=given, reasons=reasons.entries, ladder=[])
@@ -111,7 +124,7 @@ def make_plan(
         levers=levers,
         reasons=reasons.entries,
         ladder=ladder_of(case, settled, levers, [groups[place][step:], *groups[place + 1 :]]),
-        time=estimate(facts, case.work, settled.settings, hardware),
+        time=estimate(case.facts, case.work, settled.settings, case.hardware),
     )
 
 
@@ -138,6 +151,8 @@ def _amend(reasons: Reasons, settings: EngineSettings, levers: list[PulledLever]
 def _explain(case: Case, settled: Settled, reasons: Reasons) -> None:
     settings, predicted = settled.settings, settled.predicted
     where = "one GPU" if case.hardware.gpus else "the host"
+    if case.jobs_per_gpu > 1:
+        where = f"the share that one of {case.jobs_per_gpu} jobs has of a GPU"
     reasons.add(
         "tensor_parallel_size",
         settings.tensor_parallel_size,

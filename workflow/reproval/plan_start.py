@@ -46,10 +46,13 @@ class Case:
     tier: str
     runner: Runner
     scoring: Scoring
+    jobs_per_gpu: int = 1
 
     @property
     def memory_bytes(self) -> int:
-        return self.hardware.gpu_memory_bytes if self.hardware.gpus else self.hardware.host_memory_bytes
+        if self.hardware.gpus:
+            return self.hardware.gpu_memory_bytes // self.jobs_per_gpu
+        return self.hardware.host_memory_bytes
 
     @property
     def budget_bytes(self) -> int:

@@ -196,6 +196,7 @@ class Hardware(Part):
     compute_capability: str | None = Field(default=None, pattern=r"^\d+\.\d+$")
     host_memory_bytes: int = Field(gt=0)
     cpus: int = Field(gt=0)
+    jobs_per_gpu: int = Field(default=1, ge=1, description="Jobs that may share one GPU if each fits its share.")
 
 
 class EngineSettings(Part):
@@ -272,6 +273,7 @@ class Plan(Record):
     policy: str
     tier: str
     parameters: int
+    jobs_per_gpu: int = Field(default=1, description="1: the job's GPUs are its own; else it keeps to this share.")
     fits: bool
     advice: str | None = Field(default=None, description="When it does not fit: what would make it fit.")
     levers: list[PulledLever] = Field(description="Pulled already on the first rung.")

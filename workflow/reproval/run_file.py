@@ -43,6 +43,7 @@ def run_file(run: Run, config: Config, environment: str) -> RunFile:
             compute_capability=asked.compute_capability,
             host_memory_bytes=round(asked.host_memory_gib * GIB),
             cpus=asked.cpus,
+            jobs_per_gpu=asked.jobs_per_gpu,
         ),
         policy=config.policy,
         seed=config.seed,

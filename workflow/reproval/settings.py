@@ -150,6 +150,13 @@ class HardwareConfig(Section):
     )
     host_memory_gib: float = Field(default=16, gt=0, le=65536, description="Host memory for one job in GiB.")
     cpus: int = Field(default=2, ge=1, le=1024, description="CPU cores for one job.")
+    jobs_per_gpu: int = Field(
+        default=1,
+        ge=1,
+        le=10,
+        description="Jobs that may share one GPU of this machine. A model that fits its share of the memory is planned "
+        "for that; any other has its GPUs for itself. Not on a cluster, whose scheduler gives a GPU to one job.",
+    )
 
 
 class ContainerConfig(Section):
