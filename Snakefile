@@ -40,9 +40,14 @@ include: "workflow/rules/report.smk"
 include: "workflow/rules/reproduce.smk"
 
 
+# On a cluster these run where Snakemake is started: what needs the network, and what takes seconds. Counting the requests
+# (find_facts) takes a core for minutes, which a head node is not for, so it is a job, without a GPU.
 localrules:
     all,
     stage,
+    stage_image,
+    stage_model,
+    stage_suite,
     facts,
     plan,
     describe,

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from reproval import keep, memory, supervise
+from reproval import keep, memory, resources, supervise
 from reproval.engine import ChildTask, ChildUnit, environment
 from reproval.files import RecordError, read_record, sha256_json, write_record
 from reproval.progress import Progress
@@ -93,16 +93,21 @@ def unfinished(units: list[ChildUnit]) -> list[ChildUnit]:
 
 
 def evaluate(
-    run: RunFile, facts: Facts, plan: Plan, manifest: ModelManifest, results: Path, log: Path
+    run: RunFile, facts: Facts, plan: Plan, manifest: ModelManifest, results: Path, log: Path, gpus: int
 ) -> tuple[Evaluation, list[memory.Trace]]:
-    """Evaluate every unit that is not kept already. Raises EvaluateError, with what is done kept."""
+    """Evaluate every unit that is not kept already, on so many GPUs. Raises EvaluateError, with what is done kept."""
     if not plan.fits:
         raise EvaluateError(f"{plan.model} does not fit this hardware: {plan.advice}")
     if wrong := missing_files(manifest):
         raise EvaluateError("the store is not as it was staged; run `snakemake stage` again: " + "; ".join(wrong[:5]))
     begin, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     work = results / "work" / run.run.name
-    history = read_history(work / "attempts.json")
+    history = resources.read_history(work)
+    first = resources.first_rung(plan, history)
+    end = resources.end_rung(plan, first, gpus) if run.hardware.gpus else len(plan.ladder)
+    if first >= end:
+        needed = plan.ladder[first].settings.tensor_parallel_size
+        raise EvaluateError(f"{plan.model}: needs {needed} GPUs, and the job has {gpus}")
     traces: list[memory.Trace] = []
     # Rungs that differ by neutral levers share their keys; looking for a result reads all its samples.
     folders = {
@@ -131,24 +136,27 @@ def evaluate(
             child_environment(os.environ, run),
             log,
             progress.event,
-            gpus=run.hardware.gpus,
+            gpus=gpus,
         )
         traces.append(outcome.trace)
         return outcome
 
     attempts: list[Attempt] = []
-    rung = 0
-    if unfinished(child_units(run, facts, plan.ladder[0].settings, results)):
+    rung = first
+    if unfinished(child_units(run, facts, plan.ladder[first].settings, results)):
         attempts, finished = supervise.climb(
-            plan.ladder,
+            plan.ladder[:end],
             start_child,
+            first=first,
             on_cpu=run.hardware.gpus == 0,
-            holders=lambda: memory.gpu_holders(run.hardware.gpus, os.environ),
+            holders=lambda: memory.gpu_holders(gpus, os.environ),
         )
         write_record(work / "attempts.json", Attempts(attempts=[*history, *attempts]))
         last = attempts[-1]
         if not finished:
-            raise EvaluateError(f"{plan.model}: {last.failure}: {last.message}; its log is {log}")
+            more = resources.gpus(plan, [*history, *attempts])
+            again = f"; the next attempt (--retries) asks for {more} GPUs" if more > gpus else ""
+            raise EvaluateError(f"{plan.model}: {last.failure}: {last.message}; its log is {log}{again}")
         rung = last.rung
 
     units = child_units(run, facts, plan.ladder[rung].settings, results)
@@ -178,18 +186,11 @@ def evaluate(
     return evaluation, traces
 
 
-def read_history(path: Path) -> list[Attempt]:
-    """Attempts of earlier jobs of this run, which were interrupted or failed. Of another version: forgotten."""
-    try:
-        return read_record(path, Attempts).attempts
-    except RecordError:
-        return []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("run", "facts", "plan", "manifest", "results", "log", "out", "trace"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--gpus", type=int, required=True, help="That the job has been given.")
     options = parser.parse_args()
     try:
         evaluation, traces = evaluate(
@@ -199,6 +200,7 @@ def main() -> None:
             read_record(options.manifest, ModelManifest),
             options.results,
             options.log,
+            options.gpus,
         )
     except (EvaluateError, RecordError) as error:
         sys.exit(f"reproval evaluate: {error}")

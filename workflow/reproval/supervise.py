@@ -544,13 +544,14 @@ def climb(
     ladder: Sequence[Rung],
     start_child: Callable[[EngineSettings, int], ChildOutcome],
     *,
+    first: int = 0,
     on_cpu: bool = False,
     busy: BusyPolicy = BusyPolicy(),
     holders: Callable[[], Iterable[str]] = tuple,
     wait: Callable[[float], None] = time.sleep,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> tuple[list[Attempt], bool]:
-    """Try the rungs from the first on until the engine finishes; every attempt, and whether one finished.
+    """Try the rungs from `first` on until the engine finishes; every attempt, and whether one finished.
 
     `start_child(settings, rung)` runs one attempt. After a failure of memory the next rung is the first later one that
     differs from the failed settings in what helps against its class (failures.yaml, `answers`); others are passed over.
@@ -558,7 +559,7 @@ def climb(
     on the same rung, as `busy` says; `holders` names who holds it, for the message.
     """
     attempts: list[Attempt] = []
-    rung, waits = 0, busy.waits()
+    rung, waits = first, busy.waits()
     while rung < len(ladder):
         settings = ladder[rung].settings
         outcome = start_child(settings, rung)

@@ -17,6 +17,7 @@ from reproval import bundle as bundles
 from reproval import config as configuration
 from reproval import container as containers
 from reproval import folders, provenance, reference, run_file
+from reproval import resources as demand
 from reproval.files import sha256_json
 
 try:
@@ -103,6 +104,23 @@ def manifests(wildcards):
         "model": f"{STORE}/manifests/models/{model_key(RUNS[wildcards.run])}.json",
         "tasks": [f"{STORE}/manifests/suites/{key}.json" for key in sorted(suite_keys(RUNS[wildcards.run]))],
     }
+
+
+# --- what an evaluation asks for ---------------------------------------------------------------------------------------
+
+
+# As functions of the plan: until that is there, Snakemake shows <TBD>, and it asks again just before the job runs.
+def planned_gpus(wildcards, input):
+    history = demand.read_history(Path("results/work", wildcards.run))
+    return demand.gpus(demand.read_plan(input.plan), history)
+
+
+def planned_mem_mb(wildcards, input, attempt):
+    return demand.mem_mib(demand.read_plan(input.plan), attempt)
+
+
+def planned_runtime(wildcards, input, attempt):
+    return demand.runtime_min(demand.read_plan(input.plan), attempt)
 
 
 # --- the environment of every job -------------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ rule evaluate:
         "logs/evaluate/{run}.log",
     threads: CONFIG.hardware.cpus
     resources:
-        gpu=CONFIG.hardware.gpus,
-        mem_mb=round(CONFIG.hardware.host_memory_gib * 1024),
+        gpu=planned_gpus,
+        mem_mb=planned_mem_mb,
+        runtime=planned_runtime,
     shell:
         "engine -m reproval.evaluate --run {input.run:q} --facts {input.facts:q} --plan {input.plan:q}"
-        " --manifest {input.model:q} --results results --log {log:q}"
+        " --manifest {input.model:q} --results results --log {log:q} --gpus {resources.gpu}"
         " --out {output.evaluation:q} --trace {output.memory:q}"

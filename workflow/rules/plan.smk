@@ -14,6 +14,9 @@ rule find_facts:
         "results/runs/{run}/facts.json",
     log:
         "logs/facts/{run}.log",
+    resources:
+        mem_mb=lambda wildcards, attempt: 4096 * attempt,
+        runtime=lambda wildcards, attempt: 60 * attempt,
     shell:
         "engine -m reproval.facts --run {input.run:q} --manifest {input.model:q} --out {output:q} > {log:q} 2>&1"
 
