@@ -249,7 +249,6 @@ def test_another_key_finds_nothing_even_in_a_renamed_file(tmp_path: Path) -> Non
     assert other.path != first.path
     assert other.get(other.digest("loglikelihood", b"tokens")) is None
     other.close()
-    other.path.unlink()
     first.path.rename(other.path)
     with pytest.raises(RequestCacheError, match="first line"):
         RequestCache(tmp_path, "model B")
@@ -290,11 +289,36 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
     again.close()
 
 
-def test_two_writers_are_refused(tmp_path: Path) -> None:
+def test_writers_at_the_same_time_have_files_of_their_own_and_all_of_them_count(tmp_path: Path) -> None:
+    """As when a job is started again on another node while its dead predecessor's locks would still be held."""
+    writers = [RequestCache(tmp_path, "A") for _ in range(3)]
+    digests = [writers[0].digest("x", bytes([number])) for number in range(30)]
+    for number, digest in enumerate(digests):
+        writers[number % 3].put(digest, number)
+        writers[number % 3].flush()
+    after = RequestCache(tmp_path, "A")
+    assert [after.get(digest) for digest in digests] == list(range(30))
+    writers[0].put(digests[1], "later")
+    for cache in writers:
+        cache.close()
+    assert len(list(tmp_path.iterdir())) == 3, "who answers nothing leaves no file"
+
+
+def test_what_was_answered_again_counts_as_it_was_last(tmp_path: Path) -> None:
+    for value in ("first", "second", "third"):
+        cache = RequestCache(tmp_path, "A")
+        cache.put(cache.digest("x", b"1"), value)
+        cache.close()
+    last = RequestCache(tmp_path, "A")
+    assert last.get(last.digest("x", b"1")) == "third"
+
+
+def test_a_file_whose_writer_died_at_its_first_line_holds_nothing(tmp_path: Path) -> None:
     cache = RequestCache(tmp_path, "A")
-    with pytest.raises(RequestCacheError, match="another process"):
-        RequestCache(tmp_path, "A")
+    cache.put(cache.digest("x", b"1"), 1)
     cache.close()
+    cache.path.write_bytes(cache.path.read_bytes()[:20])
+    assert len(RequestCache(tmp_path, "A")) == 0
 
 
 def test_flushed_answers_survive_kill(tmp_path: Path) -> None:
