@@ -17,9 +17,9 @@ import pytest
 from examples import run_file
 
 from reproval import stage
-from reproval.files import read_record, write_record
+from reproval.files import read_record
 from reproval.records import ModelManifest
-from reproval.run_file import RunFile
+from reproval.run_file import RunFile, model_key, write_snapshot
 from reproval.settings import ModelConfig
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -97,11 +97,13 @@ def hub() -> Iterator[str]:
 def run(folder: Path, endpoint: str, model: dict[str, Any], **environment: str) -> subprocess.CompletedProcess[str]:
     """`python -m reproval.stage model` as the rule calls it."""
     entry = run_file()
-    asked = entry.run.model_copy(update={"model": ModelConfig(**model)})
-    write_record(folder / "run.json", RunFile(**(dict(entry) | {"run": asked, "store": str(folder / "store")})))
+    asked = entry.run.model_copy(update={"model": ModelConfig(**model), "identity": {"model": model, "units": []}})
+    changed = RunFile(**(dict(entry) | {"run": asked, "store": str(folder / "store")}))
+    snapshot = write_snapshot(folder, [changed])
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    told = ["--snapshot", str(snapshot), "--key", model_key(asked), "--out", "manifest.json"]
     return subprocess.run(
-        [sys.executable, "-m", "reproval.stage", "model", "--run", "run.json", "--out", "manifest.json"],
+        [sys.executable, "-m", "reproval.stage", "model", *told],
         cwd=folder,
         env=clean
         | {"PYTHONPATH": str(BASE / "workflow"), "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home")}

@@ -7,11 +7,12 @@ Snakemake compares the content of small inputs, so a change to one model reruns 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
-from reproval.files import atomic, sha256_bytes, write_record
+from reproval.files import atomic, sha256_bytes, sha256_json, write_record
 from reproval.records import Hardware, Record
 from reproval.settings import Config, ContainerConfig, Run
 
@@ -54,17 +55,70 @@ def run_file(run: Run, config: Config, environment: str) -> RunFile:
     )
 
 
-_SNAPSHOT = TypeAdapter(dict[str, RunFile])
+def model_key(run: Run) -> str:
+    """Names a model's manifest by which files it consists of."""
+    files = {key: run.identity["model"].get(key) for key in ("hub", "revision", "folder", "trust_remote_code")}
+    return f"{run.model_name}-{sha256_json(files)[:12]}"
+
+
+def suite_keys(run: Run) -> list[str]:
+    """Name the manifests of a run's suites by what their tasks are."""
+    suites: dict[str, list[object]] = {}
+    for unit in run.identity["units"]:
+        suites.setdefault(unit["suite"], []).append(unit)
+    return sorted(f"{suite}-{sha256_json(units)[:12]}" for suite, units in suites.items())
 
 
 def write_snapshot(folder: Path, runs: list[RunFile]) -> Path:
-    """Write all runs to FOLDER/HASH.json unless it is there already; return its path. Raises OSError."""
-    data = _SNAPSHOT.dump_json({entry.run.name: entry for entry in runs})
-    path = folder / f"{sha256_bytes(data)[:16]}.json"
+    """Write all runs to FOLDER/HASH.jsonl unless it is there already; return its path. Raises OSError.
+
+    A line is a run's name, a tab, and its record: with thousands of runs, a job that takes out one reads no other.
+    """
+    data = "".join(f"{entry.run.name}\t{entry.model_dump_json()}\n" for entry in runs).encode()
+    path = folder / f"{sha256_bytes(data)[:16]}.jsonl"
     if not path.exists():
         with atomic(path, "wb") as stream:
             stream.write(data)
     return path
+
+
+def _lines(snapshot: Path) -> Iterator[tuple[str, str]]:
+    with snapshot.open(encoding="utf-8") as stream:
+        for line in stream:
+            name, _, text = line.partition("\t")
+            yield name, text
+
+
+def names(snapshot: Path) -> list[str]:
+    """Names of all runs of a snapshot, in the order of the configuration. Raises OSError."""
+    return [name for name, _ in _lines(snapshot)]
+
+
+def from_snapshot(snapshot: Path, run: str) -> RunFile:
+    """The run of that name. Raises OSError, and KeyError for a name that is not there."""
+    for name, text in _lines(snapshot):
+        if name == run:
+            return RunFile.model_validate_json(text)
+    raise KeyError(run)
+
+
+def first_of_suite(snapshot: Path, key: str) -> RunFile:
+    """The first run with the suite of that key; the suite is the same in all of them. Raises OSError, KeyError."""
+    for _, text in _lines(snapshot):
+        entry = RunFile.model_validate_json(text)
+        if key in suite_keys(entry.run):
+            return entry
+    raise KeyError(key)
+
+
+def of_model(snapshot: Path, key: str) -> RunFile:
+    """The run with the model of that key. Raises OSError, KeyError."""
+    for name, text in _lines(snapshot):
+        if name.startswith(key.rpartition("-")[0] + "-"):
+            entry = RunFile.model_validate_json(text)
+            if model_key(entry.run) == key:
+                return entry
+    raise KeyError(key)
 
 
 def main() -> None:
@@ -73,8 +127,7 @@ def main() -> None:
     parser.add_argument("--run", required=True)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    entry = _SNAPSHOT.validate_json(options.snapshot.read_bytes())[options.run]
-    write_record(options.out, entry)
+    write_record(options.out, from_snapshot(options.snapshot, options.run))
 
 
 if __name__ == "__main__":

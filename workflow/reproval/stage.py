@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from reproval.files import read_record, sha256_file, sha256_json, write_record
+from reproval.files import sha256_file, sha256_json, write_record
 from reproval.folders import walk
 from reproval.records import DatasetSource, ModelManifest, StoredFile, TaskManifest
-from reproval.run_file import RunFile
+from reproval.run_file import RunFile, first_of_suite, of_model
 from reproval.settings import ModelConfig
 
 # What an engine and a tokenizer read. Other formats of the same weights (.bin, .pth, .gguf, .onnx) stay on the Hub.
@@ -98,15 +98,15 @@ def fetch_model(name: str, model: ModelConfig, store: Path, patterns: list[str])
     return folder, info.sha, promised
 
 
-def stage_tasks(suite: str, runs: list[RunFile]) -> TaskManifest:
+def stage_tasks(suite: str, run: RunFile) -> TaskManifest:
     """Load every task of a suite once, so that its data set is in the cache. Raises tasks.UnknownTask, StageError."""
     from reproval.tasks import prepare
 
-    units = {unit.task: unit for run in runs for unit in run.run.units if unit.suite == suite}
+    units = [unit for unit in run.run.units if unit.suite == suite]
     datasets: dict[str, DatasetSource] = {}
-    for unit in units.values():
+    for unit in units:
         try:
-            tasks = prepare(unit, runs[0].seed)
+            tasks = prepare(unit, run.seed)
         except OSError as error:
             raise StageError(
                 f"suites.{suite}.tasks: {unit.task}: its data set could not be fetched: {_first_line(error)}; "
@@ -114,7 +114,7 @@ def stage_tasks(suite: str, runs: list[RunFile]) -> TaskManifest:
             ) from error
         for name, task in tasks.items():
             datasets[name] = _dataset_source(name, task)
-    folders = {unit.include_path for unit in units.values() if unit.include_path}
+    folders = {unit.include_path for unit in units if unit.include_path}
     files = [
         entry
         for folder in sorted(folders)
@@ -149,23 +149,21 @@ def _first_line(error: BaseException) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("model")
-    one.add_argument("--run", type=Path, required=True)
-    one.add_argument("--out", type=Path, required=True)
-    many = commands.add_parser("tasks")
-    many.add_argument("--suite", required=True)
-    many.add_argument("--runs", type=Path, nargs="+", required=True)
-    many.add_argument("--out", type=Path, required=True)
+    for name in ("model", "tasks"):
+        command = commands.add_parser(name)
+        command.add_argument("--snapshot", type=Path, required=True)
+        command.add_argument("--key", required=True, help="Of the manifest, as run_file.py makes it.")
+        command.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     from reproval.tasks import UnknownTask
 
     try:
         if options.command == "model":
-            run = read_record(options.run, RunFile)
+            run = of_model(options.snapshot, options.key)
             write_record(options.out, stage_model(run.run.model_name, run.run.model, Path(run.store)))
         else:
-            runs = [read_record(path, RunFile) for path in options.runs]
-            write_record(options.out, stage_tasks(options.suite, runs))
+            suite = options.key.rpartition("-")[0]
+            write_record(options.out, stage_tasks(suite, first_of_suite(options.snapshot, options.key)))
     except (StageError, UnknownTask) as error:
         sys.exit(f"reproval stage: {error}")
 

@@ -69,23 +69,12 @@ resource_scopes:
     gpu="local",
 
 
-# Manifest -> the runs it serves. A suite's is named by what its tasks are, a model's by which files it consists of.
-def model_key(run):
-    files = {key: run.identity["model"].get(key) for key in ("hub", "revision", "folder", "trust_remote_code")}
-    return f"{run.model_name}-{sha256_json(files)[:12]}"
-
-
-def suite_keys(run):
-    units = run.identity["units"]
-    suites = {unit["suite"] for unit in units}
-    return {f"{suite}-{sha256_json([unit for unit in units if unit['suite'] == suite])[:12]}" for suite in suites}
-
-
-MODELS = {model_key(run): name for name, run in RUNS.items()}
-SUITES = {}
-for name, run in RUNS.items():
-    for key in suite_keys(run):
-        SUITES.setdefault(key, []).append(name)
+# Models and suites are staged by what they are, so that a change of anything
+# else of a run, or another model beside it, asks for no network.
+SUITE_KEYS = {name: run_file.suite_keys(run) for name, run in RUNS.items()}
+MODEL_KEYS = {name: run_file.model_key(run) for name, run in RUNS.items()}
+MODELS = sorted(set(MODEL_KEYS.values()))
+SUITES = sorted({key for keys in SUITE_KEYS.values() for key in keys})
 
 
 def any_of(names):
@@ -101,8 +90,8 @@ wildcard_constraints:
 def manifests(wildcards):
     """What has to be in the store before a run's model can be looked at."""
     return IMAGE_RECORD | {
-        "model": f"{STORE}/manifests/models/{model_key(RUNS[wildcards.run])}.json",
-        "tasks": [f"{STORE}/manifests/suites/{key}.json" for key in sorted(suite_keys(RUNS[wildcards.run]))],
+        "model": f"{STORE}/manifests/models/{MODEL_KEYS[wildcards.run]}.json",
+        "tasks": [f"{STORE}/manifests/suites/{key}.json" for key in SUITE_KEYS[wildcards.run]],
     }
 
 

@@ -24,8 +24,6 @@ rule describe:
 
 rule stage_model:
     # A model at its commit, or a local folder as it lies there.
-    input:
-        run=lambda wildcards: f"results/runs/{MODELS[wildcards.model]}/run.json",
     output:
         f"{STORE}/manifests/models/{{model}}.json",
     log:
@@ -33,7 +31,8 @@ rule stage_model:
     container:
         None
     shell:
-        "controller -m reproval.stage model --run {input.run:q} --out {output:q} 2>&1 | tee {log:q}"
+        'controller -m reproval.stage model --snapshot "$REPROVAL_SNAPSHOT" --key {wildcards.model} --out {output:q}'
+        " 2>&1 | tee {log:q}"
 
 
 rule stage_suite:
@@ -41,14 +40,12 @@ rule stage_suite:
     # alone needs the network, the caller's token and a store that can be written.
     input:
         **IMAGE_RECORD,
-        runs=lambda wildcards: expand("results/runs/{run}/run.json", run=SUITES[wildcards.suite]),
     output:
         f"{STORE}/manifests/suites/{{suite}}.json",
     log:
         "logs/stage/suite-{suite}.log",
     container:
         None
-    params:
-        suite=lambda wildcards: wildcards.suite.rpartition("-")[0],
     shell:
-        "online_engine -m reproval.stage tasks --suite {params.suite:q} --runs {input.runs:q} --out {output:q} 2>&1 | tee {log:q}"
+        'online_engine -m reproval.stage tasks --snapshot "$REPROVAL_SNAPSHOT" --key {wildcards.suite} --out {output:q}'
+        " 2>&1 | tee {log:q}"
