@@ -1,7 +1,6 @@
 # `make demo` and `make test` need python3 >= 3.11 with venv, git, make and gcc; they do all other set-up themselves.
 
 CORES ?= $(shell nproc)
-REPORT := results/report.html
 MODEL := resources/demo/SmolLM2-135M-Instruct
 SNAKEFILES := Snakefile workflow/rules
 LEFT := .env/tests
@@ -29,8 +28,6 @@ help:
 demo: model
 	@envs/install controller
 	$(APART) .env/controller/bin/snakemake --cores $(CORES) --configfile config/demo/config.yaml
-	@echo
-	@echo 'Report: $(CURDIR)/$(REPORT)'
 
 model:
 	@envs/install cpu demo
@@ -39,7 +36,7 @@ model:
 # Every part runs, whatever the one before said; the summary at the end tells what failed and what was skipped.
 # tests/engine runs inside the engine's environment, the others in the one with Snakemake and the tools.
 test: model
-	@envs/install dev pytest
+	@envs/install dev pytest export
 	@mkdir -p $(LEFT) && rm -f $(LEFT)/*.xml
 	@failed=0; lint=passed; \
 	$(MAKE) --no-print-directory lint || { failed=1; lint=failed; }; \

@@ -4,6 +4,7 @@
 #   snakemake --cores 2 plan                 what would be done to each model to make it fit, without a GPU
 #   snakemake --cores 2 stage                models and data sets into the store; nothing later needs the network
 #   snakemake --cores 2 bundle               all of it but the weights in one archive that another cluster can run from
+#   snakemake --cores 2 export               the results for Every Eval Ever, as an RO-Crate, for MLflow and W&B
 #   snakemake --cores 2 reproduce --config reference=FILE     a published evaluation, or bundle=FILE, run and judged
 #
 # What is evaluated, and on what, is in config/config.yaml; config/README.md explains every key.
@@ -35,9 +36,20 @@ if CONTAINERIZED:
 
 include: "workflow/rules/stage.smk"
 include: "workflow/rules/plan.smk"
-include: "workflow/rules/evaluate.smk"
+
+
+if CONFIG.shards == 1:
+
+    include: "workflow/rules/evaluate.smk"
+
+else:
+
+    include: "workflow/rules/shards.smk"
+
+
 include: "workflow/rules/report.smk"
 include: "workflow/rules/reproduce.smk"
+include: "workflow/rules/export.smk"
 
 
 # On a cluster these run where Snakemake is started: what needs the network, and what takes seconds. Counting the requests
@@ -57,6 +69,8 @@ localrules:
     judge,
     reproduce,
     bundle,
+    export,
+    export_format,
 
 
 rule all:

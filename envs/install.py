@@ -41,10 +41,11 @@ LOCKS = {
     "gpu": ["gpu.txt"],
     "demo": ["demo.txt"],
     "pytest": ["pytest.txt"],
+    "export": ["export.txt"],
 }
 
-# Folders of packages without a Python of their own: `demo` is there for its data, `pytest` is put on PYTHONPATH.
-FOLDERS = ("demo", "pytest")
+# Folders of packages without a Python of their own: `demo` is there for its data, the others are put on PYTHONPATH.
+FOLDERS = ("demo", "pytest", "export")
 
 # A download may take its time on a slow line, as long as it moves.
 INSTALL_DEADLINE_S = 3600

@@ -21,8 +21,8 @@ from install import ENVS, TORCH_INDEX, InstallError, Uv
 # them beside the CPU torch fails. triton is for GPUs, 1 GB, and only xgrammar names it. torch has a lock of its own.
 LEFT_OUT = {"cpu": ["torch", "torchvision", "torchaudio", "torchcodec", "triton"]}
 
-# In this order: dev keeps to what controller.txt pins, and pytest to cpu.txt.
-NAMES = ["uv", "build", "demo", "torch-cpu", "controller", "dev", "cpu", "pytest", "gpu"]
+# In this order: dev and export keep to what controller.txt pins, and pytest to cpu.txt.
+NAMES = ["uv", "build", "demo", "torch-cpu", "controller", "dev", "export", "cpu", "pytest", "gpu"]
 
 
 def inputs(name: str) -> list[str]:

@@ -108,9 +108,9 @@ def _lines(model: Model, task: Task, name: str) -> list[dict[str, Any]]:
             "doc_id": i,
             "doc": doc,
             "target": "A",
-            "arguments": {"gen_args_0": {"arg_0": f"{name} question {i}", "arg_1": " A"}},
-            "resps": [[["-1.25", "True"]]],
-            "filtered_resps": [["-1.25", "True"]],
+            "arguments": [[f"{name} question {i}", {"until": ["\n"]}]],
+            "resps": [["A, I think"]],
+            "filtered_resps": ["A"],
             "doc_hash": _hash(name, i),
             "prompt_hash": _hash("prompt", name, task.shots, i),
             "target_hash": _hash("A"),
@@ -128,6 +128,8 @@ def _lines(model: Model, task: Task, name: str) -> list[dict[str, Any]]:
                     **line,
                     "filter": "none",
                     "metrics": ["word_perplexity", "byte_perplexity", "bits_per_byte"],
+                    "resps": [[bits]],
+                    "filtered_resps": [bits],
                     "word_perplexity": [bits, words],
                     "byte_perplexity": [bits, 6 * words],
                     "bits_per_byte": [bits, 6 * words],
@@ -135,7 +137,15 @@ def _lines(model: Model, task: Task, name: str) -> list[dict[str, Any]]:
             )
         else:
             norm = right if mine.uniform() < 0.85 else float(mine.uniform() < model.skill + level)
-            out.append({**line, "filter": "none", "metrics": ["acc", "acc_norm"], "acc": right, "acc_norm": norm})
+            likelihoods = [[-1.25, True], [-2.5, False]] if right else [[-2.5, False], [-1.25, True]]
+            asked = {
+                "arguments": [[f"{name} question {i}", choice] for choice in (" A", " B")],
+                "resps": [[likelihood] for likelihood in likelihoods],
+                "filtered_resps": likelihoods,
+                "target": 0,
+            }
+            metrics = {"metrics": ["acc", "acc_norm"], "acc": right, "acc_norm": norm}
+            out.append({**line, **asked, "filter": "none", **metrics})
     return out
 
 

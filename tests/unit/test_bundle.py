@@ -11,6 +11,7 @@ from pathlib import Path
 import examples
 import numpy as np
 import pytest
+import requests
 import synthetic
 import yaml
 
@@ -214,7 +215,7 @@ def test_the_crate_follows_the_profile(archive: Path) -> None:
     files = {name for name, entity in entities.items() if "File" in entity["@type"]}
     assert files == names - {bundle.CRATE, bundle.SUMS} == {part["@id"] for part in root["hasPart"]}
     assert all(len(entities[name]["sha256"]) == 64 for name in files)
-    for mention in root["mentions"]:
+    for mention in [root["mentions"]]:
         action = entities[mention["@id"]]
         assert action["@type"] == "CreateAction"
         assert action["instrument"] == root["mainEntity"]
@@ -222,3 +223,52 @@ def test_the_crate_follows_the_profile(archive: Path) -> None:
         assert action["result"]
         assert action["startTime"] <= action["endTime"]
     yaml.safe_load(json.dumps(crate))
+
+
+# --- the validator of the profile's authors ---------------------------------------------------------------------------
+
+PUBLISHED = Path(__file__).parent / "published"
+CONTEXTS = {
+    "https://w3id.org/ro/crate/1.1/context": "ro-crate-1.1-context.jsonld",
+    "https://w3id.org/ro/terms/workflow-run/context": "workflow-run-context.json",
+}
+
+
+class PublishedContexts(requests.Session):
+    """Answers with the JSON-LD contexts of `published/`, so that the validator needs no network."""
+
+    def request(self, method: str | bytes, url: str | bytes, *_: object, **__: object) -> requests.Response:  # type: ignore[override]
+        response = requests.Response()
+        response.url, name = str(url), CONTEXTS.get(str(url))
+        response.status_code = 200 if name else 404
+        response.headers["Content-Type"] = "application/ld+json"
+        response._content = (PUBLISHED / name).read_bytes() if name else b""
+        return response
+
+
+def violations(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What Workflow Run Crate 0.5, and the profiles that it builds on, require and the crate does not have."""
+    from rocrate_validator import models, services
+    from rocrate_validator.utils.http import HttpRequester
+
+    requester = HttpRequester(no_cache=True)
+    monkeypatch.setattr(requester, "session", PublishedContexts())
+    monkeypatch.setattr(HttpRequester, "_reconfigure", lambda self, **_: None)
+    settings = services.ValidationSettings(
+        rocrate_uri=str(folder),
+        profile_identifier="workflow-run-crate-0.5",
+        requirement_severity=models.Severity.REQUIRED,
+    )
+    return [f"{issue.check.identifier}: {issue.message}" for issue in services.validate(settings).get_issues()]
+
+
+def test_the_validator_of_workflow_run_crate_finds_nothing_missing(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(project, tmp_path / "b.zip")
+    bundle.unpack(tmp_path / "b.zip", tmp_path / "out")
+    assert violations(tmp_path / "out", monkeypatch) == []
+    path = tmp_path / "out" / bundle.CRATE
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace('"mainEntity"', '"mainThing"'), encoding="utf-8")
+    assert any("mainEntity" in found for found in violations(tmp_path / "out", monkeypatch))

@@ -202,6 +202,7 @@ AT: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "Generation": lambda data: data["suites"]["core"]["generation"],
     "HardwareConfig": lambda data: data["hardware"],
     "ContainerConfig": lambda data: data["container"],
+    "ExportConfig": lambda data: data["export"],
 }
 
 
@@ -213,6 +214,7 @@ def test_misspelling_of_any_key_is_answered_with_the_key(section: str, key: str,
         "suites": {"core": {"tasks": [{"task": "mmlu"}], "generation": {}}},
         "hardware": {},
         "container": {"image": f"docker://a/b@sha256:{digest}"},
+        "export": {},
     }
     target = AT[section](data)
     misspelt = key[:1] + key[2:]

@@ -34,6 +34,7 @@ from reproval.run_file import RunFile
 SUMS = "SHA256SUMS"
 CRATE = "ro-crate-metadata.json"
 CONFIGURATION = "configuration.yaml"
+README = "README.md"
 # ZIP without its extension for larger archives.
 LARGEST_BYTES = 2**32 - 2**20
 MOST_FILES = 60_000
@@ -43,6 +44,7 @@ EPOCH = (1980, 1, 1, 0, 0, 0)
 RUN_FILES = ("run.json", "facts.json", "plan.json", "evaluation.json", "memory.parquet")
 REPORTS = ("scores.csv", "scores.parquet", "report.html", "report.md", "report.json")
 SOURCES = ("Snakefile", "workflow", "envs", "containers", "config/tiers.yaml", "LICENSE", "CITATION.cff")
+BIOSCHEMAS = "https://bioschemas.org/profiles/ComputationalWorkflow/1.0-RELEASE"
 PROFILES = {
     "https://w3id.org/ro/wfrun/process/0.5": "Process Run Crate",
     "https://w3id.org/ro/wfrun/workflow/0.5": "Workflow Run Crate",
@@ -128,6 +130,7 @@ def members(
     found[CONFIGURATION] = yaml.safe_dump(
         configuration(run.run for run in runs), sort_keys=False, allow_unicode=True
     ).encode()
+    found[README] = _readme(runs).encode()
     for run in runs:
         for name in RUN_FILES:
             path, inside = run.folder / name, f"results/runs/{run.folder.name}/{name}"
@@ -161,6 +164,34 @@ def members(
     return found
 
 
+def _readme(runs: list[BundledRun]) -> str:
+    """What somebody reads who unpacks the archive without knowing reproval."""
+    rows = [
+        f"| {score.task} | {score.metric} | {score.filter} | {run.evaluation.model} | {score.value:.4f} | {score.n} |"
+        for run in runs
+        for _, result in run.units
+        for score in result.scores[:20]
+    ]
+    return "\n".join(
+        [
+            f"# Evaluation of {', '.join(run.evaluation.model for run in runs)}",
+            "",
+            f"Made by reproval {__version__}, a Snakemake workflow; the workflow as it was lies in workflow/. To run "
+            "it again and judge every score, in a checkout of reproval:",
+            "",
+            "    snakemake --cores 2 reproduce --config bundle=FILE",
+            "",
+            f"What was asked is in {CONFIGURATION}, what came out in results/ (report.html first). Every file is in "
+            f"{SUMS} with its SHA-256.",
+            "",
+            "| task | metric | filter | model | value | n |",
+            "|---|---|---|---|--:|--:|",
+            *rows,
+            "",
+        ]
+    )
+
+
 def _refuse_secrets(name: str, content: Content) -> None:
     """Raise BundleError if a file gives something away. Of samples only what could be this user's: questions and
     answers may hold anything that looks like a password.
@@ -168,14 +199,7 @@ def _refuse_secrets(name: str, content: Content) -> None:
     data = content if isinstance(content, bytes) else content.read_bytes()
     samples = name.endswith(".gz")
     text = (gzip.decompress(data) if samples else data).decode("utf-8", errors="replace")
-    own = [value for value in scrub.secret_values() if value in text]
-    home = str(Path.home())
-    if samples or name.startswith("workflow/"):
-        told = "the value of a secret variable" if own else None
-        if told is None and len(home) > len("/root") and f"{home}/" in text:
-            told = "the home folder"
-    else:
-        told = scrub.leaks(text)
+    told = scrub.own(text) if samples or name.startswith("workflow/") else scrub.leaks(text)
     if told is not None:
         raise BundleError(
             f"{name}: holds {told}; expected nothing secret in a bundle. "
@@ -207,6 +231,9 @@ def crate(files: Mapping[str, tuple[int, str]], runs: list[BundledRun]) -> dict[
 
     def ref(identity: str) -> dict[str, str]:
         return {"@id": identity}
+
+    def one_or_all(values: list[dict[str, str]]) -> Any:
+        return values[0] if len(values) == 1 else values
 
     def ended(run: BundledRun) -> str:
         begin = datetime.fromisoformat(run.evaluation.begin)
@@ -271,9 +298,11 @@ def crate(files: Mapping[str, tuple[int, str]], runs: list[BundledRun]) -> dict[
             "conformsTo": [ref(profile) for profile in PROFILES],
             "mainEntity": ref("workflow/Snakefile"),
             "hasPart": [ref(name) for name in files],
-            "mentions": [ref(str(action["@id"])) for action in actions],
+            # RO-Crate 1.1 wants no list of one.
+            "mentions": one_or_all([ref(str(action["@id"])) for action in actions]),
         },
         *({"@id": url, "@type": "CreativeWork", "name": name} for url, name in PROFILES.items()),
+        {"@id": BIOSCHEMAS, "@type": "CreativeWork", "name": "Bioschemas ComputationalWorkflow"},
         {
             "@id": "https://w3id.org/workflowhub/workflow-ro-crate#snakemake",
             "@type": "ComputerLanguage",
@@ -294,8 +323,11 @@ def crate(files: Mapping[str, tuple[int, str]], runs: list[BundledRun]) -> dict[
             "sha256": sha256,
             "encodingFormat": ENCODINGS.get(PurePosixPath(name).suffix, "text/plain"),
         }
+        if name == README:
+            entity["about"] = ref("./")
         if name == "workflow/Snakefile":
             entity |= {
+                "conformsTo": ref(BIOSCHEMAS),
                 "@type": ["File", "SoftwareSourceCode", "ComputationalWorkflow"],
                 "name": "reproval",
                 "version": __version__,

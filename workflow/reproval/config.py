@@ -47,7 +47,17 @@ from reproval.problems import (
     nearest,
     show,
 )
-from reproval.settings import Config, Generation, ModelConfig, Run, SuiteConfig, TaskEntry, TaskSettings, Unit
+from reproval.settings import (
+    Config,
+    ExportConfig,
+    Generation,
+    ModelConfig,
+    Run,
+    SuiteConfig,
+    TaskEntry,
+    TaskSettings,
+    Unit,
+)
 from reproval.strictyaml import Document, KeyPath, YamlError, read
 
 __all__ = ["ConfigError", "load", "merge", "resolve", "runs", "schema"]
@@ -306,6 +316,7 @@ def _home(key: str) -> str | None:
         ("suites.NAME", SuiteConfig),
         ("hardware", Config.model_fields["hardware"].default.__class__),
         ("suites.NAME.generation", Generation),
+        ("export", ExportConfig),
     ]
     return next((name for name, model in sections if key in model.model_fields), None)
 

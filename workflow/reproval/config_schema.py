@@ -39,6 +39,7 @@ def schema() -> dict[str, Any]:
         # Without this JSON Schema would let names through that break the pattern.
         made["properties"][name]["additionalProperties"] = False
     made["properties"]["hardware"].pop("default")
+    made["properties"]["export"].pop("default")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_untitled(made)}
 
 
@@ -148,6 +149,7 @@ def keys_text() -> str:
         ("`generation:`", "Generation"),
         ("`hardware:`", "HardwareConfig"),
         ("`container:`", "ContainerConfig"),
+        ("`export:`", "ExportConfig"),
     ]
     parts = []
     for heading, name in sections:

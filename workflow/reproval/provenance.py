@@ -140,6 +140,7 @@ def collect(
         driver=driver,
         cuda=cuda,
         slurm_job=os.environ.get("SLURM_JOB_ID"),
+        node=os.environ.get("SLURMD_NODENAME"),
         seeds=seeds,
         batch_invariant=batch_invariant,
         engine_arguments=engine_arguments,

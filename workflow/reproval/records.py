@@ -381,6 +381,9 @@ class Provenance(Part):
     driver: str | None
     cuda: str | None
     slurm_job: str | None
+    node: str | None = Field(
+        default=None, description="As the scheduler names it; a machine's own name is often its owner's, and not kept."
+    )
     seeds: dict[str, int]
     batch_invariant: bool
     engine_arguments: dict[str, Any] = Field(description="As the engine had them, not as they were asked for.")

@@ -16,8 +16,9 @@ import yaml
 from reproval import collect, report_facts, words
 from reproval.collect import ModelData
 from reproval.compare import comparisons, headlines
-from reproval.files import RecordError, atomic, read_record
-from reproval.records import ModelManifest
+from reproval.files import RecordError, atomic
+from reproval.manifests import Manifests
+from reproval.manifests import read as read_manifests
 from reproval.report_content import AttemptRow, Report, ScoreTable
 from reproval.scrub import leaks, scrub
 from reproval.templates import FOLDER
@@ -34,7 +35,7 @@ def methods_file() -> dict[str, Any]:
     return loaded
 
 
-def build(models: Sequence[ModelData], manifests: Sequence[ModelManifest] = (), project: Path | None = None) -> Report:
+def build(models: Sequence[ModelData], manifests: Manifests | None = None, project: Path | None = None) -> Report:
     """The whole content. Paths outside `project` (default: the working directory) and secrets are taken out."""
     known = methods_file()
     table = collect.rows(models)
@@ -64,7 +65,7 @@ def build(models: Sequence[ModelData], manifests: Sequence[ModelManifest] = (), 
             for i, a in enumerate(m.evaluation.attempts, start=1)
         ],
         "cuts": [cut for m in models for cut in report_facts.cuts(m)],
-        "provenance": report_facts.provenance(models, manifests),
+        "provenance": report_facts.provenance(models, manifests or Manifests()),
         "commands": report_facts.commands(models),
         "methods": methods,
         "scores": ScoreTable(columns=SCORE_COLUMNS, rows=rows),
@@ -84,15 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--results", type=Path, required=True, help="folder that the evaluations' units are relative to"
     )
     parser.add_argument("--evaluations", type=Path, nargs="+", required=True, help="evaluation.json of every model")
-    parser.add_argument("--manifests", type=Path, nargs="*", default=[], help="model manifests, for file hashes")
+    parser.add_argument("--manifests", type=Path, nargs="*", default=[], help="of models and suites")
     parser.add_argument("--html", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     try:
         models = collect.load(options.results, options.evaluations)
-        manifests = [read_record(path, ModelManifest) for path in options.manifests]
-        report = build(models, manifests)
+        report = build(models, read_manifests(options.manifests))
     except RecordError as error:
         print(f"reproval.report: {error}", file=sys.stderr)
         return 1

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 from reproval import collect
 from reproval.collect import ModelData, UnitData
 from reproval.files import RecordError
-from reproval.records import Attempt, ModelManifest, ScoringPath
+from reproval.manifests import Manifests
+from reproval.records import Attempt, DatasetSource, ModelManifest, ScoringPath
 from reproval.report_content import Curve, Cut, Fit, Memory, ReportProvenance, TaskProvenance, TaskTime, Timing
 
 CURVE_POINTS = 240
@@ -178,7 +179,14 @@ def cuts(model: ModelData) -> list[Cut]:
 # --- provenance ----------------------------------------------------------------------------------------------------
 
 
-def _facts_of(unit: UnitData) -> dict[str, str]:
+def _special_tokens(lm_eval: dict[str, Any]) -> str:
+    """The tokenizer's own, as lm-eval found them: kind, text and number."""
+    kinds = {kind: lm_eval.get(f"tokenizer_{kind}_token") for kind in ("bos", "eos", "pad")}
+    return ", ".join(f"{kind} {' = '.join(map(str, found))}" for kind, found in kinds.items() if found)
+
+
+def facts_of(unit: UnitData) -> dict[str, str]:
+    """Where and with what a unit was made, by the words of the report."""
     p, engine = unit.result.provenance, unit.result.made_of.get("engine", {})
     box = p.container
     given: dict[str, Any] = {
@@ -199,9 +207,11 @@ def _facts_of(unit: UnitData) -> dict[str, str]:
         "driver": p.driver,
         "CUDA": p.cuda,
         "Slurm job": p.slurm_job,
+        "node": p.node,
         "seeds": ", ".join(f"{k}={v}" for k, v in sorted(p.seeds.items())),
         "batch invariant": "yes" if p.batch_invariant else "no",
         "chat template SHA-256": unit.result.lm_eval.get("chat_template_sha"),
+        "special tokens": _special_tokens(unit.result.lm_eval),
     }
     return {name: str(value) for name, value in given.items() if value not in (None, "")}
 
@@ -214,23 +224,40 @@ def _merge(parts: Iterable[dict[str, str]]) -> dict[str, str]:
     return {name: " / ".join(values) for name, values in merged.items()}
 
 
-def _dataset(unit: UnitData, task: str) -> str | None:
+def _dataset(unit: UnitData, task: str, staged: DatasetSource | None) -> str | None:
+    """Repository, configuration and commit: as staged, where a manifest has it, else as the task asked for it."""
     config = unit.result.lm_eval.get("configs", {}).get(task, {})
     path, name = config.get("dataset_path"), config.get("dataset_name")
     revision = (config.get("dataset_kwargs") or {}).get("revision")
+    if staged:
+        path, name, revision = staged.path or path, staged.name or name, staged.revision or revision
     if not path:
         return None
     return str(path) + (f", {name}" if name else "") + (f" @ {revision}" if revision else "")
 
 
-def provenance(models: Sequence[ModelData], manifests: Sequence[ModelManifest]) -> ReportProvenance:
-    by_model = {m.label: _merge(_facts_of(unit) for unit in m.units) for m in models}
-    for manifest in manifests:
-        for m in models:
-            if m.evaluation.model == manifest.model:
-                by_model[m.label]["model source"] = manifest.hub_id or "local folder"
-                if manifest.revision:
-                    by_model[m.label]["model commit"] = manifest.revision
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
+
+
+def _staged_facts(manifest: ModelManifest) -> dict[str, str]:
+    """What a model's manifest says of it, by the words of the report."""
+    hashes = {f.path: f.sha256 for f in manifest.files}
+    tokenizer = next((name for name in TOKENIZER_FILES if name in hashes), None)
+    given = {
+        "model source": manifest.hub_id or "local folder",
+        "model commit": manifest.revision,
+        "tokenizer SHA-256": f"{hashes[tokenizer]} ({tokenizer})" if tokenizer else None,
+    }
+    return {name: value for name, value in given.items() if value}
+
+
+def provenance(models: Sequence[ModelData], manifests: Manifests) -> ReportProvenance:
+    staged = {m.label: found for m in models if (found := manifests.models.get(m.evaluation.model))}
+    by_model = {
+        label: _merge(facts_of(unit) for m in models if m.label == label for unit in m.units)
+        | (_staged_facts(staged[label]) if label in staged else {})
+        for label in dict.fromkeys(m.label for m in models)
+    }
     names = list(dict.fromkeys(name for facts in by_model.values() for name in facts))
     common = {
         name: values.pop()
@@ -250,7 +277,7 @@ def provenance(models: Sequence[ModelData], manifests: Sequence[ModelManifest]) 
                     {
                         "version": None if version is None else str(version),
                         "n_shot": unit.result.n_shot.get(task),
-                        "dataset": _dataset(unit, task),
+                        "dataset": _dataset(unit, task, manifests.datasets.get((unit.result.suite, task))),
                         "hashes": {},
                     },
                 )
@@ -266,12 +293,7 @@ def provenance(models: Sequence[ModelData], manifests: Sequence[ModelManifest]) 
             )
             for (suite, task), e in tasks.items()
         ],
-        files={
-            m.label: {f.path: f.sha256 for f in manifest.files}
-            for manifest in manifests
-            for m in models
-            if m.evaluation.model == manifest.model
-        },
+        files={label: {f.path: f.sha256 for f in manifest.files} for label, manifest in staged.items()},
     )  # fmt: skip
 
 

@@ -72,14 +72,15 @@ def scrub(value: Any, project: Path, env: Mapping[str, str] = os.environ) -> tup
     return walk(value), removed
 
 
-def leaks(text: str, env: Mapping[str, str] = os.environ) -> str | None:
-    """What kind of thing a finished report would give away, without showing it; None if nothing."""
-    if _TOKENS.search(text):
-        return "something shaped like a token"
+def own(text: str, env: Mapping[str, str] = os.environ) -> str | None:
+    """What a text holds of this user's own, without showing it: for text that may hold anything that looks secret."""
     for name, value in env.items():
         if _SECRET_NAME.search(name) and len(value) >= 8 and value in text:
             return f"the value of the environment variable {name}"
     home = str(Path.home())
-    if len(home) > len("/root") and home + "/" in text:
-        return "the home folder"
-    return None
+    return "the home folder" if len(home) > len("/root") and home + "/" in text else None
+
+
+def leaks(text: str, env: Mapping[str, str] = os.environ) -> str | None:
+    """What kind of thing a finished report would give away, without showing it; None if nothing."""
+    return "something shaped like a token" if _TOKENS.search(text) else own(text, env)

@@ -170,6 +170,28 @@ class ContainerConfig(Section):
     )
 
 
+ExportFormat = Literal["every-eval-ever", "ro-crate", "mlflow", "wandb"]
+
+
+class ExportConfig(Section):
+    """What `snakemake export` writes. `mlflow` and `wandb` need `envs/install export`."""
+
+    formats: list[ExportFormat] = Field(
+        default=["every-eval-ever", "ro-crate"], min_length=1, description="What to write, see docs/exports.md."
+    )
+    organization: Text = Field(
+        default="unknown", description="Who evaluated, for the records of Every Eval Ever: a name to be published."
+    )
+    organization_url: Text | None = Field(default=None, description="Its address.")
+    relationship: Literal["first_party", "third_party", "collaborative", "other"] = Field(
+        default="other", description="The evaluator's relationship to those who made the models."
+    )
+    samples: bool = Field(
+        default=False,
+        description="Questions and answers too. Some data sets forbid publishing their questions.",
+    )
+
+
 class Config(Section):
     """The whole of config.yaml."""
 
@@ -195,10 +217,22 @@ class Config(Section):
         le=2**31 - 1,
         description="One seed for the engine, few-shot sampling, Python, NumPy and PyTorch; default: lm-eval's own.",
     )
+    repeats: int = Field(
+        default=1,
+        ge=1,
+        le=100,
+        description="Evaluate every model this often, repeat k with every seed plus k: the noise that no sample shows.",
+    )
     batch_invariant: bool = Field(
         default=False,
         description="VLLM_BATCH_INVARIANT=1: the same bits whatever the batch (compute capability 8.0 and up).",
     )
+    shards: Annotated[int, Field(ge=1, le=1000)] | Literal["auto"] = Field(
+        default=1,
+        description="Jobs that one model's requests are divided over, which may run at once on different GPUs and are "
+        "merged to the scores of one job; `auto` makes a job take about two hours, by the plan's estimate.",
+    )
+    export: ExportConfig = Field(default=ExportConfig(), description=ExportConfig.__doc__)
     reference: Text | None = Field(
         default=None,
         description="File of a published evaluation (config/references/): its models and suites are run, and "

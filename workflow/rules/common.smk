@@ -12,7 +12,7 @@ from snakemake.settings.types import DeploymentMethod
 BASE = Path(workflow.basedir)
 sys.path[:0] = [str(BASE / folder) for folder in ("workflow", "envs")]
 
-from install import stamp_of
+from install import stamp_of, up_to_date
 from reproval import bundle as bundles
 from reproval import config as configuration
 from reproval import container as containers
@@ -109,8 +109,13 @@ def planned_mem_mb(wildcards, input, attempt):
 
 
 def planned_runtime(wildcards, input, attempt):
-    return demand.runtime_min(demand.read_plan(input.plan), attempt)
+    return demand.runtime_min(demand.read_plan(input.plan), attempt, int(wildcards.get("shards", 1)))
 
+
+MANIFESTS = [
+    *expand(f"{STORE}/manifests/models/{{model}}.json", model=MODELS),
+    *expand(f"{STORE}/manifests/suites/{{suite}}.json", suite=SUITES),
+]
 
 # --- the environment of every job -------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ rule report:
         memory=expand("results/runs/{run}/memory.parquet", run=RUNS),
         facts=expand("results/runs/{run}/facts.json", run=RUNS),
         scores=rules.collect.output,
+        manifests=MANIFESTS,
     output:
         html=report("results/report.html", caption="../report/report.rst", category="Report"),
         markdown="results/report.md",
@@ -32,4 +33,5 @@ rule report:
         None
     shell:
         "controller -m reproval.report --results results --evaluations {input.evaluations:q}"
+        " --manifests {input.manifests:q}"
         " --html {output.html:q} --markdown {output.markdown:q} --json {output.json:q} 2> {log:q}"

@@ -44,10 +44,7 @@ rule bundle:
         memory=expand("results/runs/{run}/memory.parquet", run=RUNS),
         report=rules.report.output,
         scores=rules.collect.output,
-        manifests=[
-            *expand(f"{STORE}/manifests/models/{{model}}.json", model=MODELS),
-            *expand(f"{STORE}/manifests/suites/{{suite}}.json", suite=SUITES),
-        ],
+        manifests=MANIFESTS,
     output:
         "results/bundle.zip",
     log:

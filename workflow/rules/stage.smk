@@ -3,8 +3,7 @@
 
 rule stage:
     input:
-        expand(f"{STORE}/manifests/models/{{model}}.json", model=MODELS),
-        expand(f"{STORE}/manifests/suites/{{suite}}.json", suite=SUITES),
+        MANIFESTS,
         IMAGE_RECORD.values(),
 
 
