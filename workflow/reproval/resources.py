@@ -103,10 +103,11 @@ def mem_mib(plan: Plan, attempt: int = 1) -> int:
     return min(math.ceil(wanted / MIB), plan.hardware.host_memory_bytes // MIB)
 
 
-def runtime_min(plan: Plan, attempt: int = 1) -> int:
+def runtime_min(plan: Plan, attempt: int = 1, shards: int = 1) -> int:
     """Time limit in minutes: the estimate with a margin and what comes before the engine, as often as attempts.
 
-    What an attempt has finished is kept, so the next one has less to do and more time for it.
+    What an attempt has finished is kept, so the next one has less to do and more time for it. Each of several `shards`
+    has its part of the work.
     """
-    estimated = plan.time.engine_start_s + plan.time.work_s if plan.time else 0.0
+    estimated = plan.time.engine_start_s + plan.time.work_s / shards if plan.time else 0.0
     return math.ceil((SETUP_S + TIME_MARGIN * estimated) / 60) * attempt
