@@ -57,7 +57,6 @@ include: "workflow/rules/export.smk"
 localrules:
     all,
     stage,
-    stage_image,
     stage_model,
     stage_suite,
     facts,

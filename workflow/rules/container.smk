@@ -1,6 +1,10 @@
 # The image of --use-singularity, once, in the store: pulled by digest or found as a file, and hashed.
 
 
+localrules:
+    stage_image,
+
+
 rule stage_image:
     input:
         [] if IMAGE.pulled else str(IMAGE.sif),
