@@ -2,6 +2,7 @@
 #
 #   snakemake --cores 2                      everything, to results/report.html
 #   snakemake --cores 2 plan                 what would be done to each model to make it fit, without a GPU
+#   snakemake --cores 1 status               what ran, runs, failed and waits, and how long is left; also while it runs
 #   snakemake --cores 2 stage                models and data sets into the store; nothing later needs the network
 #   snakemake --cores 2 bundle               all of it but the weights in one archive that another cluster can run from
 #   snakemake --cores 2 export               the results for Every Eval Ever, as an RO-Crate, for MLflow and W&B
@@ -47,6 +48,7 @@ else:
     include: "workflow/rules/shards.smk"
 
 
+include: "workflow/rules/status.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/reproduce.smk"
 include: "workflow/rules/export.smk"
@@ -65,6 +67,7 @@ localrules:
     make_plan,
     collect,
     report,
+    status,
     judge,
     reproduce,
     bundle,

@@ -28,7 +28,7 @@ def runs(**changes: Any) -> list[RunFile]:
 def test_a_job_takes_its_own_run_out_of_the_snapshot(tmp_path: Path) -> None:
     entries = runs()
     snapshot = run_file.write_snapshot(tmp_path, entries)
-    assert run_file.names(snapshot) == [entry.run.name for entry in entries]
+    assert list(run_file.every(snapshot)) == entries
     for entry in entries:
         assert run_file.from_snapshot(snapshot, entry.run.name) == entry
     with pytest.raises(KeyError):

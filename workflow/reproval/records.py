@@ -330,6 +330,21 @@ class Attempts(Record):
     attempts: list[Attempt]
 
 
+class JobProgress(Record):
+    """How far a job of `evaluate` is, for `status`: written over while it runs, left as it was when it is killed."""
+
+    kind: Literal["job-progress"] = "job-progress"
+    state: Literal["running", "finished", "failed"]
+    doing: str = Field(description="`engine start`, or the entry SUITE/TASK that is evaluated.")
+    tasks: int = Field(description="Entries of suites.")
+    tasks_done: int
+    share: float = Field(ge=0, le=1, description="Of the tokens of all tasks, those kept from earlier jobs included.")
+    left_s: float | None = Field(description="At the pace of the last two minutes; None while that says little.")
+    begin: str = Field(description="UTC, ISO 8601.")
+    slurm_job: str | None
+    message: str | None = Field(default=None, description="Why it failed.")
+
+
 class Score(Part):
     task: str
     metric: str

@@ -89,9 +89,9 @@ def _lines(snapshot: Path) -> Iterator[tuple[str, str]]:
             yield name, text
 
 
-def names(snapshot: Path) -> list[str]:
-    """Names of all runs of a snapshot, in the order of the configuration. Raises OSError."""
-    return [name for name, _ in _lines(snapshot)]
+def every(snapshot: Path) -> Iterator[RunFile]:
+    """All runs of a snapshot, in the order of the configuration. Raises OSError."""
+    return (RunFile.model_validate_json(text) for _, text in _lines(snapshot))
 
 
 def from_snapshot(snapshot: Path, run: str) -> RunFile:
