@@ -22,12 +22,28 @@ from pydantic import Field
 
 from reproval import keep, provenance
 from reproval.files import atomic, read_record, sha256_file, sha256_json, write_record
-from reproval.records import EngineSettings, Part, PulledLever, Record, Score, UnitResult
+from reproval.records import (
+    EngineSettings,
+    Part,
+    Provenance,
+    PulledLever,
+    Record,
+    Score,
+    ScoringPath,
+    ShardAnswers,
+    ShardUnit,
+    UnitResult,
+)
 from reproval.run_file import RunFile
+from reproval.seeds import seeds
 from reproval.settings import Unit
-from reproval.tasks import chat_arguments, manager, seeds
+from reproval.shards import assign, request_name, write_answers
+from reproval.tasks import all_requests, chat_arguments, manager
 
 Emit = Callable[..., None]
+
+ANSWERED = "answered.json"
+"""Beside the file that tells the child what to do: what it did as a shard (ShardAnswers)."""
 
 
 class ChildUnit(Part):
@@ -36,6 +52,14 @@ class ChildUnit(Part):
     made_of: dict[str, Any]
     folder: str
     tokens: int = Field(description="The unit's share of the work, for progress.")
+
+
+class ShardTask(Part):
+    """Which part of every unit to answer, and where the answers go."""
+
+    shard: int = Field(description="1, 2, ... of `shards`.")
+    shards: int
+    answers: str
 
 
 class ChildTask(Record):
@@ -48,6 +72,7 @@ class ChildTask(Record):
     score_levers: list[PulledLever]
     units: list[ChildUnit]
     kept_tokens: int
+    shard: ShardTask | None = None
 
 
 def event_stream() -> Emit:
@@ -162,14 +187,12 @@ def write_samples(path: Path, samples: dict[str, list[dict[str, Any]]]) -> None:
                 stream.write(line.encode("utf-8") + b"\n")
 
 
-def evaluate_unit(model: Any, entry: ChildUnit, task: ChildTask, arguments: dict[str, Any]) -> None:
-    """Run one unit through lm-eval and keep its result under its key."""
+def scored_by_lm_eval(model: Any, unit: Unit, run: RunFile) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run one unit through lm-eval: its results as JSON holds them, and its samples."""
     from lm_eval import simple_evaluate
     from lm_eval.utils import handle_non_serializable
 
-    begin, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
-    unit, settings = entry.unit, entry.unit.settings
-    model.reset_paths()
+    settings = unit.settings
     results = simple_evaluate(
         model=model,
         tasks=[unit.task],
@@ -180,44 +203,101 @@ def evaluate_unit(model: Any, entry: ChildUnit, task: ChildTask, arguments: dict
         confirm_run_unsafe_code=unit.unsafe_code,
         log_samples=True,
         **chat_arguments(settings),
-        **seeds(task.run.seed),
+        **seeds(run.seed),
     )
     assert results is not None
     samples = results.pop("samples")
     # Of lm-eval's own environment dump only what is not the machine's business stays.
     for private in ("pretty_env_info", "upper_git_hash", "git_hash", "config"):
         results.pop(private, None)
-    plain = json.loads(json.dumps(results, default=handle_non_serializable))
-    folder = Path(entry.folder)
-    with keep.new_folder(folder) as part:
+    return json.loads(json.dumps(results, default=handle_non_serializable)), samples
+
+
+def keep_unit(
+    entry: ChildUnit,
+    model: str,
+    results: dict[str, Any],
+    samples: dict[str, Any],
+    *,
+    paths: dict[str, ScoringPath],
+    score_levers: list[PulledLever],
+    begin: str,
+    duration_s: float,
+    provenance: Provenance,
+    shards: list[Provenance] | None = None,
+) -> None:
+    """Keep what lm-eval made of one unit under its key."""
+    with keep.new_folder(Path(entry.folder)) as part:
         write_samples(part / keep.SAMPLES, samples)
         write_record(
             part / keep.RESULT,
             UnitResult(
                 key=entry.key,
                 made_of=entry.made_of,
-                model=task.run.run.model_name,
-                suite=unit.suite,
-                task=unit.task,
-                scores=scores_of(plain),
-                versions=plain["versions"],
-                n_shot=plain["n-shot"],
-                paths=dict(model.paths),
-                group_subtasks={name: list(tasks) for name, tasks in plain.get("group_subtasks", {}).items()},
+                model=model,
+                suite=entry.unit.suite,
+                task=entry.unit.task,
+                scores=scores_of(results),
+                versions=results["versions"],
+                n_shot=results["n-shot"],
+                paths=paths,
+                group_subtasks={name: list(tasks) for name, tasks in results.get("group_subtasks", {}).items()},
                 task_hashes=entry.made_of["tasks"],
-                score_levers=task.score_levers,
+                score_levers=score_levers,
                 begin=begin,
-                duration_s=time.monotonic() - clock,
-                provenance=provenance.collect(
-                    task.run.container, seeds(task.run.seed), task.run.batch_invariant, arguments
-                ),
+                duration_s=duration_s,
+                provenance=provenance,
+                shards=shards or [],
                 samples_sha256=sha256_file(part / keep.SAMPLES),
-                lm_eval=plain,
+                lm_eval=results,
             ),
         )
 
 
-def run(task: ChildTask, emit: Emit) -> None:
+def evaluate_unit(model: Any, entry: ChildUnit, task: ChildTask, made_with: Provenance) -> None:
+    """Run one unit through lm-eval and keep its result under its key."""
+    begin, clock = now(), time.monotonic()
+    model.reset_paths()
+    results, samples = scored_by_lm_eval(model, entry.unit, task.run)
+    keep_unit(
+        entry,
+        task.run.run.model_name,
+        results,
+        samples,
+        paths=dict(model.paths),
+        score_levers=task.score_levers,
+        begin=begin,
+        duration_s=time.monotonic() - clock,
+        provenance=made_with,
+    )
+
+
+def answer_unit(model: Any, entry: ChildUnit, run: RunFile, shard: ShardTask) -> tuple[ShardUnit, dict[str, list[Any]]]:
+    """Answer this shard's requests of one unit; the answers by the names of the requests."""
+    begin, clock = now(), time.monotonic()
+    model.reset_paths()
+    answers: dict[str, list[Any]] = {}
+    for kind, requests in all_requests(entry.unit, run.seed, model).items():
+        places = assign(kind, [request.args for request in requests], shard.shards)
+        mine = [request for request, place in zip(requests, places, strict=True) if place == shard.shard - 1]
+        for request, answer in zip(mine, getattr(model, kind)(mine), strict=True):
+            answers.setdefault(request_name(kind, request.args), []).append(answer)
+    unit = ShardUnit(
+        suite=entry.unit.suite,
+        task=entry.unit.task,
+        key=entry.key,
+        paths=dict(model.paths),
+        begin=begin,
+        duration_s=time.monotonic() - clock,
+    )
+    return unit, answers
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def run(task: ChildTask, folder: Path, emit: Emit) -> None:
     """Start the engine and evaluate every unit. Whatever it raises ends the child with a traceback in its log."""
     from reproval.scoring import ReprovalVLLM
 
@@ -237,13 +317,24 @@ def run(task: ChildTask, emit: Emit) -> None:
     )
     arguments = resolved_arguments(model.model.llm_engine.vllm_config)
     emit("engine", arguments=arguments)
+    made_with = provenance.collect(task.run.container, seeds(task.run.seed), task.run.batch_invariant, arguments)
+    answered: list[tuple[ShardUnit, dict[str, list[Any]]]] = []
     for entry in task.units:
         tokens = entry.tokens
         emit("unit_started", unit=entry.unit.name)
-        evaluate_unit(model, entry, task, arguments)
+        if task.shard:
+            answered.append(answer_unit(model, entry, task.run, task.shard))
+        else:
+            evaluate_unit(model, entry, task, made_with)
         finished += tokens
         emit("progress", done=finished, total=total)
         emit("unit_done", unit=entry.unit.name)
+    if model.request_cache is not None:
+        model.request_cache.close()
+    if task.shard:
+        write_answers(Path(task.shard.answers), {unit.key: answers for unit, answers in answered})
+        record = ShardAnswers(units=[unit for unit, _ in answered], provenance=made_with)
+        write_record(folder / ANSWERED, record)
 
 
 def main() -> None:
@@ -252,7 +343,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     emit = event_stream()
-    run(read_record(options.task, ChildTask), emit)
+    run(read_record(options.task, ChildTask), options.task.parent, emit)
     emit("done")
     # Everything is on disk. What an engine's own shutdown may still wait for concerns nobody.
     sys.stdout.flush()

@@ -12,12 +12,13 @@ import re
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from reproval import keep, memory, resources, supervise
-from reproval.engine import ChildTask, ChildUnit, environment
-from reproval.files import RecordError, read_record, sha256_json, write_record
+from reproval.engine import ANSWERED, ChildTask, ChildUnit, ShardTask, environment
+from reproval.files import RecordError, read_record, sha256_file, sha256_json, write_record
 from reproval.progress import Progress
 from reproval.records import (
     Attempt,
@@ -28,11 +29,14 @@ from reproval.records import (
     ModelManifest,
     Plan,
     PulledLever,
+    ShardAnswers,
+    ShardResult,
     TaskFacts,
     UnitReference,
 )
 from reproval.run_file import RunFile
 from reproval.settings import Unit
+from reproval.shards import write_answers
 
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
 
@@ -92,98 +96,180 @@ def unfinished(units: list[ChildUnit]) -> list[ChildUnit]:
     return [entry for entry in units if keep.find(Path(entry.folder), entry.key) is None]
 
 
-def evaluate(
-    run: RunFile, facts: Facts, plan: Plan, manifest: ModelManifest, results: Path, log: Path, gpus: int
-) -> tuple[Evaluation, list[memory.Trace]]:
-    """Evaluate every unit that is not kept already, on so many GPUs. Raises EvaluateError, with what is done kept."""
+@dataclass(frozen=True)
+class Job:
+    """What one job is told, as records, and where it works."""
+
+    run: RunFile
+    facts: Facts
+    plan: Plan
+    manifest: ModelManifest
+    results: Path
+    log: Path
+    gpus: int = 0
+    shard: ShardTask | None = None
+
+    @property
+    def work(self) -> Path:
+        """What outlives a killed job lies here."""
+        folder = self.results / "work" / self.run.run.name
+        return folder / f"{self.shard.shard}-of-{self.shard.shards}" if self.shard else folder
+
+    @property
+    def name(self) -> str:
+        name = self.run.run.name
+        return f"{name} {self.shard.shard}/{self.shard.shards}" if self.shard else name
+
+    def units(self, settings: EngineSettings) -> list[ChildUnit]:
+        """Every unit with its key and folder under these settings."""
+        return child_units(self.run, self.facts, settings, self.results)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the engine's part of a job ended: on which rung, after which attempts of this and of earlier jobs."""
+
+    rung: int
+    history: list[Attempt]
+    attempts: list[Attempt]
+    traces: list[memory.Trace]
+
+
+def climb(job: Job) -> Ended:
+    """Run the engine, on the rungs of the plan, until it has done what is not kept already. Raises EvaluateError."""
+    plan, run, gpus = job.plan, job.run, job.gpus
     if not plan.fits:
         raise EvaluateError(f"{plan.model} does not fit this hardware: {plan.advice}")
-    if wrong := missing_files(manifest):
+    if wrong := missing_files(job.manifest):
         raise EvaluateError("the store is not as it was staged; run `snakemake stage` again: " + "; ".join(wrong[:5]))
-    begin, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
-    work = results / "work" / run.run.name
-    history = resources.read_history(work)
+    history = resources.read_history(job.work)
     first = resources.first_rung(plan, history)
     end = resources.end_rung(plan, first, gpus) if run.hardware.gpus else len(plan.ladder)
     if first >= end:
         needed = plan.ladder[first].settings.tensor_parallel_size
         raise EvaluateError(f"{plan.model}: needs {needed} GPUs, and the job has {gpus}")
+    if not unfinished(job.units(plan.ladder[first].settings)):
+        return Ended(first, history, [], [])
     traces: list[memory.Trace] = []
-    # Rungs that differ by neutral levers share their keys; looking for a result reads all its samples.
-    folders = {
-        entry.key: Path(entry.folder)
-        for step in plan.ladder
-        for entry in child_units(run, facts, step.settings, results)
-    }
-    before = {key for key, folder in folders.items() if keep.find(folder, key)}
+    seen: list[Attempt] = []
+
+    def note(*attempts: Attempt) -> None:
+        write_record(job.work / "attempts.json", Attempts(attempts=[*history, *attempts]))
 
     def start_child(settings: EngineSettings, rung: int) -> supervise.ChildOutcome:
-        units = child_units(run, facts, settings, results)
+        units = job.units(settings)
         pending = unfinished(units)
         task = ChildTask(
             run=run,
             settings=settings,
-            model_folder=manifest.folder,
-            request_cache=str(results / "requests"),
+            model_folder=job.manifest.folder,
+            request_cache=str(job.results / "requests"),
             score_levers=score_levers(plan, rung),
             units=pending,
             kept_tokens=sum(entry.tokens for entry in units if entry not in pending),
+            shard=job.shard,
         )
-        write_record(work / "child.json", task)
-        progress = Progress(run.run.name, len(units), kept=len(units) - len(pending))
+        write_record(job.work / "child.json", task)
+        # A job that is killed leaves this behind.
+        note(*seen, numbered(supervise.cut_off(rung, settings), job))
+        progress = Progress(job.name, len(units), kept=len(units) - len(pending))
         outcome = supervise.run_child(
-            [sys.executable, "-m", "reproval.engine", str(work / "child.json")],
+            [sys.executable, "-m", "reproval.engine", str(job.work / "child.json")],
             child_environment(os.environ, run),
-            log,
+            job.log,
             progress.event,
             gpus=gpus,
         )
         traces.append(outcome.trace)
+        seen.append(numbered(supervise.attempt(rung, settings, outcome), job))
+        note(*seen)
         return outcome
 
-    attempts: list[Attempt] = []
-    rung = first
-    if unfinished(child_units(run, facts, plan.ladder[first].settings, results)):
-        attempts, finished = supervise.climb(
-            plan.ladder[:end],
-            start_child,
-            first=first,
-            on_cpu=run.hardware.gpus == 0,
-            holders=lambda: memory.gpu_holders(gpus, os.environ),
-        )
-        write_record(work / "attempts.json", Attempts(attempts=[*history, *attempts]))
-        last = attempts[-1]
-        if not finished:
-            more = resources.gpus(plan, [*history, *attempts])
-            again = f"; the next attempt (--retries) asks for {more} GPUs" if more > gpus else ""
-            raise EvaluateError(f"{plan.model}: {last.failure}: {last.message}; its log is {log}{again}")
-        rung = last.rung
+    attempts, finished = supervise.climb(
+        plan.ladder[:end],
+        start_child,
+        first=first,
+        on_cpu=run.hardware.gpus == 0,
+        holders=lambda: memory.gpu_holders(gpus, os.environ),
+    )
+    attempts = [numbered(attempt, job) for attempt in attempts]
+    note(*attempts)
+    last = attempts[-1]
+    if not finished:
+        more = resources.gpus(plan, [*history, *attempts])
+        again = f"; the next attempt (--retries) asks for {more} GPUs" if more > gpus else ""
+        raise EvaluateError(f"{plan.model}: {last.failure}: {last.message}; its log is {job.log}{again}")
+    return Ended(last.rung, history, attempts, traces)
 
-    units = child_units(run, facts, plan.ladder[rung].settings, results)
+
+def numbered(attempt: Attempt, job: Job) -> Attempt:
+    return attempt.model_copy(update={"shard": job.shard.shard}) if job.shard else attempt
+
+
+def references(units: list[ChildUnit], results: Path, kept_before: set[str]) -> list[UnitReference]:
+    return [
+        UnitReference(
+            suite=entry.unit.suite,
+            task=entry.unit.task,
+            folder=Path(entry.folder).relative_to(results).as_posix(),
+            key=entry.key,
+            reused=entry.key in kept_before,
+        )
+        for entry in units
+    ]
+
+
+def evaluate(job: Job) -> tuple[Evaluation, list[memory.Trace]]:
+    """Evaluate every unit that is not kept already. Raises EvaluateError, with what is done kept."""
+    begin, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+    # Rungs that differ by neutral levers share their keys; looking for a result reads all its samples.
+    folders = {entry.key: Path(entry.folder) for step in job.plan.ladder for entry in job.units(step.settings)}
+    before = {key for key, folder in folders.items() if keep.find(folder, key)}
+    ended = climb(job)
+    units = job.units(job.plan.ladder[ended.rung].settings)
     if absent := unfinished(units):
         names = ", ".join(entry.unit.name for entry in absent)
-        raise EvaluateError(f"{plan.model}: the engine ended as done, but nothing is kept of {names}; see {log}")
+        raise EvaluateError(
+            f"{job.plan.model}: the engine ended as done, but nothing is kept of {names}; see {job.log}"
+        )
     evaluation = Evaluation(
-        run=run.run.name,
-        model=run.run.model_name,
-        plan=plan,
-        units=[
-            UnitReference(
-                suite=entry.unit.suite,
-                task=entry.unit.task,
-                folder=Path(entry.folder).relative_to(results).as_posix(),
-                key=entry.key,
-                reused=entry.key in before,
-            )
-            for entry in units
-        ],
-        attempts=[*history, *attempts],
+        run=job.run.run.name,
+        model=job.run.run.model_name,
+        repeat=job.run.run.repeat,
+        repeat_of=job.run.run.repeat_of,
+        plan=job.plan,
+        units=references(units, job.results, before),
+        attempts=[*ended.history, *ended.attempts],
         begin=begin,
         duration_s=time.monotonic() - clock,
-        host_peak_bytes=max((attempt.host_peak_bytes for attempt in attempts), default=0),
-        gpu_peak_bytes=max((a.gpu_peak_bytes for a in attempts if a.gpu_peak_bytes is not None), default=None),
+        host_peak_bytes=max((attempt.host_peak_bytes for attempt in ended.attempts), default=0),
+        gpu_peak_bytes=max((a.gpu_peak_bytes for a in ended.attempts if a.gpu_peak_bytes is not None), default=None),
     )
-    return evaluation, traces
+    return evaluation, [memory.Trace() for _ in ended.history] + ended.traces
+
+
+def evaluate_shard(job: Job, shard: ShardTask) -> tuple[ShardResult, list[memory.Trace]]:
+    """Answer one shard's requests of every unit that is not kept already. Raises EvaluateError."""
+    begin, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+    ended = climb(job)
+    answers = Path(shard.answers)
+    answered = read_record(job.work / ANSWERED, ShardAnswers) if ended.attempts else None
+    if answered is None:
+        write_answers(answers, {})
+    result = ShardResult(
+        run=job.run.run.name,
+        shard=shard.shard,
+        shards=shard.shards,
+        rung=ended.rung,
+        settings=job.plan.ladder[ended.rung].settings,
+        score_levers=score_levers(job.plan, ended.rung),
+        answered=answered,
+        answers_sha256=sha256_file(answers),
+        attempts=[*ended.history, *ended.attempts],
+        begin=begin,
+        duration_s=time.monotonic() - clock,
+    )
+    return result, [memory.Trace() for _ in ended.history] + ended.traces
 
 
 def main() -> None:
@@ -191,9 +277,12 @@ def main() -> None:
     for name in ("run", "facts", "plan", "manifest", "results", "log", "out", "trace"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--gpus", type=int, required=True, help="That the job has been given.")
+    parser.add_argument("--shard", type=int, help="1, 2, ...: answer this shard's requests, for merge.py.")
+    parser.add_argument("--shards", type=int, help="How many there are.")
+    parser.add_argument("--answers", type=Path, help="Where a shard's answers go.")
     options = parser.parse_args()
     try:
-        evaluation, traces = evaluate(
+        job = Job(
             read_record(options.run, RunFile),
             read_record(options.facts, Facts),
             read_record(options.plan, Plan),
@@ -202,10 +291,16 @@ def main() -> None:
             options.log,
             options.gpus,
         )
+        record: Evaluation | ShardResult
+        if options.shard is None:
+            record, traces = evaluate(job)
+        else:
+            shard = ShardTask(shard=options.shard, shards=options.shards, answers=str(options.answers))
+            record, traces = evaluate_shard(replace(job, shard=shard), shard)
     except (EvaluateError, RecordError) as error:
         sys.exit(f"reproval evaluate: {error}")
     memory.write_trace(options.trace, *traces)
-    write_record(options.out, evaluation)
+    write_record(options.out, record)
 
 
 if __name__ == "__main__":

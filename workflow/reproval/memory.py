@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -323,3 +323,23 @@ def write_trace(path: Path, *traces: Trace) -> None:
                 ),
             ]
             writer.write_table(pa.table(columns, schema=schema))
+
+
+def join_traces(path: Path, traces: Sequence[tuple[Path, int]]) -> None:
+    """Write several files of `write_trace` as one, atomically; each with the number of attempts that it stands for.
+
+    Attempts are numbered on from file to file. Raises OSError.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    tables, first = [], 0
+    for each, attempts in traces:
+        table = pq.read_table(each)
+        index = table.schema.get_field_index("attempt")
+        numbers = pc.add(table["attempt"], pa.scalar(first, pa.int16()))
+        tables.append(table.set_column(index, table.schema.field(index), numbers))
+        first += attempts
+    with atomic(path, "wb") as stream:
+        pq.write_table(pa.concat_tables(tables, promote_options="default"), stream, compression="zstd")

@@ -34,6 +34,7 @@ from reproval.plan_ladder import (
 from reproval.plan_start import Case, Reasons, first_settings, gib
 from reproval.problems import ConfigError
 from reproval.records import EngineSettings, Facts, Hardware, ModelFacts, Plan, PulledLever, Reason, TaskFacts
+from reproval.seeds import engine_seed
 from reproval.settings import ModelConfig
 from reproval.tiers import TierRule, Tiers, load_tiers
 from reproval.time_model import estimate
@@ -317,7 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
             tiers=load_tiers(options.tiers),
             policy=options.policy or entry.policy,
             asked=entry.run.model,
-            seed=entry.seed,
+            seed=engine_seed(entry.seed),
         )
     except (ConfigError, RecordError) as error:
         print(error, file=sys.stderr)

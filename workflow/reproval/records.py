@@ -311,6 +311,7 @@ class PhasePeak(Part):
 class Attempt(Part):
     """One start of the engine on one rung."""
 
+    shard: int | None = Field(default=None, description="1, 2, ... where the work is divided over several jobs.")
     rung: int
     settings: EngineSettings
     outcome: Literal["finished", "failed", "interrupted"]
@@ -423,8 +424,11 @@ class UnitResult(Record):
     task_hashes: dict[str, str]
     score_levers: list[PulledLever] = Field(description="Score-changing levers that were pulled when it was made.")
     begin: str
-    duration_s: float
+    duration_s: float = Field(description="Of the engine's work; where it was divided, the sum.")
     provenance: Provenance
+    shards: list[Provenance] = Field(
+        default=[], description="Of every shard, where the work was divided; `provenance` is then the first's."
+    )
     samples_sha256: Sha256
     lm_eval: dict[str, Any] = Field(description="lm-eval's own results, without samples.")
 
@@ -443,10 +447,61 @@ class Evaluation(Record):
     kind: Literal["evaluation"] = "evaluation"
     run: str
     model: str
+    repeat: int = Field(default=0, ge=0, description="Added to every seed.")
+    repeat_of: str | None = Field(default=None, description="The run of repeat 0; None for that one itself.")
     plan: Plan
     units: list[UnitReference]
     attempts: list[Attempt]
+    shards: int = Field(default=1, description="Jobs that the work was divided over.")
     begin: str
-    duration_s: float
+    duration_s: float = Field(description="Of the job; where the work was divided, the sum.")
     host_peak_bytes: int
     gpu_peak_bytes: int | None
+
+
+# --- one model's work divided over several jobs ----------------------------------------------------------------------
+
+
+class Division(Record):
+    """How many jobs a run is divided over."""
+
+    kind: Literal["division"] = "division"
+    run: str
+    asked: int | Literal["auto"]
+    shards: int = Field(ge=1)
+
+
+class ShardUnit(Part):
+    """What one shard answered of one entry of a suite."""
+
+    suite: str
+    task: str
+    key: Sha256
+    paths: dict[str, ScoringPath] = Field(description="By leaf task; of this shard's requests.")
+    begin: str
+    duration_s: float
+
+
+class ShardAnswers(Record):
+    """What a shard's engine did, beside the file of its answers."""
+
+    kind: Literal["shard-answers"] = "shard-answers"
+    units: list[ShardUnit]
+    provenance: Provenance
+
+
+class ShardResult(Record):
+    """One job of several that divide a run. Its answers and its memory trace are files beside it."""
+
+    kind: Literal["shard-result"] = "shard-result"
+    run: str
+    shard: int = Field(ge=1)
+    shards: int = Field(ge=1)
+    rung: int
+    settings: EngineSettings
+    score_levers: list[PulledLever]
+    answered: ShardAnswers | None = Field(description="None if all was kept already: no engine was started.")
+    answers_sha256: Sha256
+    attempts: list[Attempt]
+    begin: str
+    duration_s: float

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from reproval.files import atomic, sha256_bytes, sha256_json, write_record
 from reproval.records import Hardware, Record
+from reproval.seeds import Seed, shifted
 from reproval.settings import Config, ContainerConfig, Run
 
 GIB = 1024**3
@@ -25,7 +26,7 @@ class RunFile(Record):
     run: Run
     hardware: Hardware
     policy: str
-    seed: int | None
+    seed: Seed = Field(description="The run's own: the configuration's, or lm-eval's four, plus the repeat.")
     batch_invariant: bool
     container: ContainerConfig | None
     environment: str = Field(description="Lock or image that the engine runs from, as in the run's identity.")
@@ -47,7 +48,7 @@ def run_file(run: Run, config: Config, environment: str) -> RunFile:
             jobs_per_gpu=asked.jobs_per_gpu,
         ),
         policy=config.policy,
-        seed=config.seed,
+        seed=shifted(config.seed, run.repeat),
         batch_invariant=config.batch_invariant,
         container=config.container,
         environment=environment,

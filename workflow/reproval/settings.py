@@ -272,3 +272,5 @@ class Run(Section):
     model: ModelConfig
     units: list[Unit]
     identity: dict[str, Any] = Field(description="What the hash is made of.")
+    repeat: int = Field(default=0, ge=0, description="Added to every seed.")
+    repeat_of: str | None = Field(default=None, description="The run of repeat 0; None for that one itself.")

@@ -563,8 +563,7 @@ def climb(
     while rung < len(ladder):
         settings = ladder[rung].settings
         outcome = start_child(settings, rung)
-        attempt = _attempt(rung, settings, outcome)
-        attempts.append(attempt)
+        attempts.append(attempt(rung, settings, outcome))
         if outcome.finished:
             return attempts, True
         failure = outcome.failure
@@ -575,7 +574,7 @@ def climb(
             pause = next(waits, None)
             if pause is None:
                 text = f"{outcome.message}; held by: {who}; waited {busy.limit_s:g} s for it"
-                attempts[-1] = attempt.model_copy(update={"message": text})
+                attempts[-1] = attempts[-1].model_copy(update={"message": text})
                 say(f"the GPU is still in use, giving up: {text}")
                 return attempts, False
             say(f"the GPU is in use: {outcome.message}; held by: {who}; trying again in {pause:g} s")
@@ -597,7 +596,8 @@ def climb(
     return attempts, False
 
 
-def _attempt(rung: int, settings: EngineSettings, outcome: ChildOutcome) -> Attempt:
+def attempt(rung: int, settings: EngineSettings, outcome: ChildOutcome) -> Attempt:
+    """The record of an attempt that ended."""
     ending = "finished" if outcome.finished else "interrupted" if outcome.failure == "interrupted" else "failed"
     return Attempt(
         rung=rung,
@@ -610,4 +610,20 @@ def _attempt(rung: int, settings: EngineSettings, outcome: ChildOutcome) -> Atte
         gpu_peak_bytes=outcome.gpu_peak_bytes,
         host_peak_bytes=outcome.host_peak_bytes,
         phases=list(outcome.phases),
+    )
+
+
+def cut_off(rung: int, settings: EngineSettings) -> Attempt:
+    """The record of an attempt that begins now, as it is to be read if nobody is left to tell how it ended."""
+    return Attempt(
+        rung=rung,
+        settings=settings,
+        outcome="interrupted",
+        failure="interrupted",
+        message="its job was killed, or the node went down; how long it ran is not known",
+        begin=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        duration_s=0,
+        gpu_peak_bytes=None,
+        host_peak_bytes=0,
+        phases=[],
     )

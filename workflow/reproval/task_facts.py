@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import random
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 from reproval.files import sha256_bytes, sha256_json
 from reproval.records import RequestType, TaskFacts
+from reproval.seeds import Seed
 from reproval.settings import Unit
-from reproval.tasks import chat_arguments, prepare, seeds
+from reproval.tasks import built
 
 # What lm-eval's vLLM backend generates when a task does not say (VLLM.__init__, max_gen_toks).
 DEFAULT_MAX_GEN_TOKS = 256
@@ -89,23 +89,10 @@ def encoder(folder: str, trust_remote_code: bool) -> Any:
     return Encoder()
 
 
-def unit_facts(unit: Unit, seed: int | None, model: Any) -> list[TaskFacts]:
+def unit_facts(unit: Unit, seed: Seed, model: Any) -> list[TaskFacts]:
     """Facts of every leaf task of a unit. `model` is what `encoder` returns. Raises tasks.UnknownTask."""
-    from lm_eval.evaluator_utils import get_sample_size
-
-    # Building a prompt may draw from Python's generator (shuffled choices): start where simple_evaluate starts.
-    random.seed(seeds(seed)["random_seed"])
-    chat = chat_arguments(unit.settings)
     facts = []
-    for name, task in prepare(unit, seed).items():
-        task.build_all_requests(
-            limit=get_sample_size(task, unit.settings.limit),
-            rank=0,
-            world_size=1,
-            chat_template=model.apply_chat_template if chat["apply_chat_template"] else None,
-            tokenizer_name=model.tokenizer_name if chat["apply_chat_template"] else "",
-            **{**chat, "apply_chat_template": bool(chat["apply_chat_template"])},
-        )
+    for name, task in built(unit, seed, model).items():
         # A task makes one kind of request; its instances say which.
         kind: RequestType = task.instances[0].request_type
         lengths = _lengths(kind, task.instances, model)

@@ -7,19 +7,12 @@ that come out of both together.
 
 from __future__ import annotations
 
+import random
 from functools import cache
 from typing import Any
 
+from reproval.seeds import Seed, seeds
 from reproval.settings import TaskSettings, Unit
-
-# What lm-eval takes when no seed is given (lm_eval/defaults.py): Python's generator, then NumPy, PyTorch, few-shot.
-LM_EVAL_SEEDS = (0, 1234, 1234, 1234)
-
-
-def seeds(seed: int | None) -> dict[str, int]:
-    """The four seeds of simple_evaluate, by the names of its arguments: lm-eval's own, or one for all."""
-    names = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
-    return dict(zip(names, LM_EVAL_SEEDS if seed is None else (seed,) * 4, strict=True))
 
 
 @cache
@@ -39,7 +32,7 @@ def chat_arguments(settings: TaskSettings) -> dict[str, Any]:
     }
 
 
-def prepare(unit: Unit, seed: int | None) -> dict[str, Any]:
+def prepare(unit: Unit, seed: Seed) -> dict[str, Any]:
     """Load a unit's leaf tasks and apply its settings. Returns lm-eval Task objects by name.
 
     Raises UnknownTask for a name that lm-eval does not know. Loading reads the data sets: from the network in `stage`,
@@ -61,6 +54,38 @@ def prepare(unit: Unit, seed: int | None) -> dict[str, Any]:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=seeds(seed)["fewshot_random_seed"])
     return loaded
+
+
+def built(unit: Unit, seed: Seed, model: Any) -> dict[str, Any]:
+    """A unit's leaf tasks with their requests, as simple_evaluate builds them for `model`. Raises UnknownTask."""
+    import numpy as np
+    from lm_eval.evaluator_utils import get_sample_size
+
+    # Loading a task and building a prompt may draw numbers (shuffled choices): start where simple_evaluate starts.
+    asked = seeds(seed)
+    random.seed(asked["random_seed"])
+    np.random.seed(asked["numpy_random_seed"])
+    chat = chat_arguments(unit.settings)
+    tasks = prepare(unit, seed)
+    for task in tasks.values():
+        task.build_all_requests(
+            limit=get_sample_size(task, unit.settings.limit),
+            rank=0,
+            world_size=1,
+            chat_template=model.apply_chat_template if chat["apply_chat_template"] else None,
+            tokenizer_name=model.tokenizer_name if chat["apply_chat_template"] else "",
+            **{**chat, "apply_chat_template": bool(chat["apply_chat_template"])},
+        )
+    return tasks
+
+
+def all_requests(unit: Unit, seed: Seed, model: Any) -> dict[str, list[Any]]:
+    """What simple_evaluate asks of `model` for a unit: lm-eval Instances by kind, repeated ones as often as asked."""
+    found: dict[str, list[Any]] = {}
+    for task in built(unit, seed, model).values():
+        for instance in task.instances:
+            found.setdefault(instance.request_type, []).extend([instance] * (instance.repeats or 1))
+    return found
 
 
 class UnknownTask(Exception):

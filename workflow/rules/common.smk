@@ -34,6 +34,7 @@ ENGINE_ENV = "gpu" if CONFIG.hardware.gpus else "cpu"
 STORE = CONFIG.store
 IMAGE = None
 CONTAINER = None
+SBOM = None
 if CONTAINERIZED:
     try:
         IMAGE = containers.chosen(
@@ -46,6 +47,7 @@ if CONTAINERIZED:
     except containers.ImageError as error:
         raise WorkflowError(str(error))
     CONTAINER = str(IMAGE.sif)
+    SBOM = containers.sbom(IMAGE, BASE / "containers")
     if containers.runtime() is None:
         # Snakemake wants Apptainer where it is started; it is needed only where jobs run, which may be other machines.
         Singularity().binary, Singularity().checked = "apptainer", True
@@ -100,7 +102,8 @@ def manifests(wildcards):
 
 # As functions of the plan: until that is there, Snakemake shows <TBD>, and it asks again just before the job runs.
 def planned_gpus(wildcards, input):
-    history = demand.read_history(Path("results/work", wildcards.run))
+    shard = [f"{wildcards.shard}-of-{wildcards.shards}"] if "shard" in wildcards.keys() else []
+    history = demand.read_history(Path("results/work", wildcards.run, *shard))
     return demand.gpus(demand.read_plan(input.plan), history)
 
 
