@@ -2,6 +2,9 @@
 
     python tests/gpu/memory_bench.py --tokenizer MODEL_FOLDER --out memory.json
 
+A side is stock (lm-eval's defaults), recipe (the write-up's), published or auto (plans), or what somebody would try by
+hand: `hand-TOKENS-SEQUENCES-eager` or `-graphs`, with vLLM's default utilization and our requests.
+
 Models have the shapes of real checkpoints (tests/unit/architectures) and dummy weights, which allocate what the real
 ones would. Each case is an engine of its own in a process group of its own, with a time limit, forked from a process
 that has imported vLLM and has not touched CUDA. Printed as it goes: what ran, peak by NVML beside the prediction,
@@ -35,7 +38,6 @@ from reproval.settings import ModelConfig
 from reproval.tiers import load_tiers
 
 GIB = 1024**3
-SIDES = ("stock", "recipe", "published", "auto")
 # The recipe of the write-up, as it was given there for every model.
 RECIPE = {"enforce_eager": True, "max_model_len": 1024, "gpu_memory_utilization": 0.6, "dtype": "float32"}
 
@@ -120,6 +122,16 @@ def run_case(side: str, folder: Path, plan: Plan | None, options: argparse.Names
             ReprovalVLLM(str(folder), submit_batch=settings.submit_batch, **arguments)
             if side == "auto"
             else VLLM(str(folder), **arguments)
+        )
+    elif side.startswith("hand-"):
+        batched, sequences, mode = side.split("-")[1:]
+        model = ReprovalVLLM(
+            str(folder),
+            **arguments,
+            max_model_len=min(options.tokens + 16, architecture_data.facts(folder.name).max_position_embeddings),
+            max_num_batched_tokens=int(batched),
+            max_num_seqs=int(sequences),
+            enforce_eager=mode == "eager",
         )
     else:
         model = VLLM(str(folder), **arguments, **(RECIPE if side == "recipe" else {}))

@@ -5,6 +5,8 @@
 Both sides run in one process on one engine, with the prefix cache emptied before each. Shapes of larger models run
 with dummy weights, so only their times and memory mean something. Each model is a process group of its own with a
 time limit. `--probe` compares edge cases instead, in about a minute; `--rehearse` runs everything in tiny counts.
+`--processes N` divides MMLU among N engines that run at once on the one GPU: for the differences over all of it, since
+stock alone keeps one core busy and the GPU idle; the seconds of such rows are those of a shared machine.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -53,6 +56,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 CASES = ("mmlu5", "arc25", "arc25_fixed", "zero1", "hellaswag", "lambada", "gsm8k", "perplexity")
 # Sides beside ours and stock: where nobody reads is_greedy, rows can be read in two ways; "ours" chooses itself.
 MORE_SIDES = {"perplexity": ["ours_ids", "ours_mixed"]}
+DIFFERENCES = ("max_difference", "max_relative", "different_values", "changed_answers", "changed_greedy", "of")
 # Documents of a case, by model: so that all takes about eight minutes on an H100.
 SCALE = {"real": 2.0, "qwen3-4b": 1.0, "llama-3-8b": 0.5, "qwen3-32b": 0.15}
 
@@ -82,8 +86,11 @@ def choices_of(task: str, number: int, context: str, choices: list[str]) -> list
     return [Instance("loglikelihood", {}, (context, c), i, (task, number, 1)) for i, c in enumerate(choices)]
 
 
-def mmlu(folder: Path | None, questions: int, writer: Writer) -> list[Any]:
-    """5 shots in lm-eval's layout. `questions` 0: all; else as many from each subject as make up the number."""
+def mmlu(folder: Path | None, questions: int, writer: Writer, part: int, parts: int) -> list[Any]:
+    """5 shots in lm-eval's layout. `questions` 0: all; else as many from each subject as make up the number.
+
+    Of `parts` parts, every `parts`-th question from the `part`-th on.
+    """
     letters = "ABCD"
     requests: list[Any] = []
     if folder is None:
@@ -111,6 +118,8 @@ def mmlu(folder: Path | None, questions: int, writer: Writer) -> list[Any]:
         if questions:
             rows = rows[: (questions * (index + 1)) // len(subjects) - (questions * index) // len(subjects)]
         for number, row in enumerate(rows):
+            if number % parts != part:
+                continue
             context = shots + shown(row, False)
             requests += choices_of(f"mmlu_{path.stem}", number, context, [f" {letter}" for letter in letters])
     return requests
@@ -122,7 +131,7 @@ def work(case: str, count: int, writer: Writer, options: argparse.Namespace, max
 
     requests: list[Any] = []
     if case == "mmlu5":
-        return "loglikelihood", mmlu(options.mmlu, count, writer)
+        return "loglikelihood", mmlu(options.mmlu, count, writer, options.part, options.processes)
     if case in ("arc25", "arc25_fixed"):
         # lm-eval draws ARC's shots anew for every question; a task with fixed shots shares them.
         shots = [writer.text(75) + "\n\n" for _ in range(100)]
@@ -274,15 +283,7 @@ def compare(method: str, requests: list[Any], left: list[Any], right: list[Any])
 
 def told(row: dict[str, Any]) -> str:
     """The rest of a row, for people."""
-    numbers = (
-        "max_difference",
-        "max_relative",
-        "different_values",
-        "changed_answers",
-        "changed_greedy",
-        "of",
-    )
-    parts = [f"{key.replace('_', ' ')} {row[key]:.3g}" for key in numbers if key in row]
+    parts = [f"{key.replace('_', ' ')} {row[key]:{'.3g' if 'max' in key else ''}}" for key in DIFFERENCES if key in row]
     if "encoding_s" in row:
         parts.append(f"encoding {row['encoding_s']:.2f} s")
         peaks = [row[f"{kind}_peak_bytes"] / 2**30 for kind in ("gpu", "allocated", "host")]
@@ -426,6 +427,30 @@ def child(model: str, options: argparse.Namespace) -> None:
     os._exit(0)  # The engine's own shutdown may hang; the parent ends the group.
 
 
+def run_parts(model: str, options: argparse.Namespace, argv: list[str]) -> list[dict[str, Any]]:
+    """Run the parts of one model at once; gives all their rows, and their differences together."""
+    if options.processes == 1:
+        return run_model(model, options, argv)
+    with ThreadPoolExecutor(options.processes) as pool:
+        parts = [
+            pool.submit(run_model, model, options, [*argv, "--part", str(part)]) for part in range(options.processes)
+        ]
+        rows = [row for part in parts for row in part.result()]
+    for side in dict.fromkeys(row["side"] for row in rows if "side" in row and row["side"] != "stock"):
+        of = [row for row in rows if row.get("side") == side]
+        whole = {
+            name: (max if name.startswith("max_") else sum)(row[name] for row in of)
+            for name in DIFFERENCES
+            if name in of[0]
+        }
+        paths: dict[str, int] = {}
+        for row in of:
+            for name, count in row["paths"].items():
+                paths[name] = paths.get(name, 0) + count
+        say(f"{model}, {len(of)} processes together: {side} {told(whole | {'paths': paths})}")
+    return rows
+
+
 def run_model(model: str, options: argparse.Namespace, argv: list[str]) -> list[dict[str, Any]]:
     """Run one model in a process group of its own; what it has measured is kept even if it is ended."""
     out = Path(tempfile.mkdtemp(prefix="bench-")) / "rows.json"
@@ -478,6 +503,8 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=200, help="seconds for one model")
     parser.add_argument("--noise", action="store_true", help="also stock at batch_size=64: what another batch changes")
     parser.add_argument("--probe", action="store_true")
+    parser.add_argument("--processes", type=int, default=1, help="engines at once, each with a part of MMLU")
+    parser.add_argument("--part", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--rehearse", action="store_true", help="the real model only, tiny counts")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -516,7 +543,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # So that the model's process group is ended too.
     rows: list[dict[str, Any]] = []
     for model in options.models.split(","):
-        rows += run_model(model, options, sys.argv[1:])
+        rows += run_parts(model, options, sys.argv[1:])
         if options.out:
             options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     failed = [row for row in rows if "error" in row]

@@ -1,0 +1,177 @@
+"""Every class of memory failure, provoked for real on a GPU, and the rung that answers it.
+
+    python tests/gpu/ladder_bench.py --model FOLDER --gpu-memory-gib 79.6 --logs logs/
+
+The demo's suite is planned by the workflow; each case then puts a first rung with one bad setting before the planned
+one, and may start a neighbour that takes the GPU's memory at a moment of the engine's log. The evaluation job runs on
+that plan as it would on any other. Printed for each case: the classes of the failed attempts, the rungs, and whether
+the job ended with all its results. Logs of the failed attempts go to --logs. `--cpu` rehearses what needs no neighbour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jobs
+
+MIB, GIB = 2**20, 2**30
+NEIGHBOUR = """
+import sys, time, torch
+leave, seconds = int(sys.argv[1]), float(sys.argv[2])
+torch.cuda.init()
+held = []
+end = time.monotonic() + seconds
+print("holding", flush=True)
+while time.monotonic() < end:
+    free = torch.cuda.mem_get_info()[0]
+    if free > leave + 2**24:
+        try:
+            held.append(torch.empty(free - leave, dtype=torch.uint8, device="cuda"))
+        except torch.OutOfMemoryError:
+            pass
+    time.sleep(0.005)
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """`first`: settings of the bad rung that differ from the plan's. `at`: text of the log at which a neighbour takes
+    all but `leave` bytes for `seconds`; an empty text means before the engine starts."""
+
+    expected: str
+    first: dict[str, Any]
+    at: str | None = None
+    leave: int = 0
+    seconds: float = 20.0
+    then: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "kv_below_one_request": Case("kv_below_one_request", {"kv_cache_memory_bytes": MIB}),
+    "no_kv_room": Case(
+        "no_kv_room", {"kv_cache_memory_bytes": 60 * GIB, "gpu_memory_utilization": 0.1}, "", 40 * GIB, 45.0
+    ),
+    "gpu_busy": Case("gpu_busy", {"gpu_memory_utilization": 0.9}, "", 20 * GIB, 45.0),
+    "weights_too_big": Case(
+        "weights_too_big",
+        {"gpu_memory_utilization": 0.001, "kv_cache_memory_bytes": GIB},
+        "Starting to load model",
+        0,
+        then={"dtype": "float16"},
+    ),
+    "graph_capture": Case("graph_capture", {"enforce_eager": False}, "KV cache size:", 0, 60.0),
+    "running": Case("running", {}, "init engine (profile", 0, then={"max_num_batched_tokens": 512}),
+}
+
+
+def provoked(plan: dict[str, Any], case: Case) -> None:
+    """Give the plan the case's rungs: the bad one, then the planned one with what answers it."""
+    bad, answer = copy.deepcopy(plan["ladder"][0]), copy.deepcopy(plan["ladder"][0])
+    bad["settings"] |= case.first
+    answer["settings"] |= case.then
+    plan["ladder"] = [bad, answer]
+
+
+class Neighbour(threading.Thread):
+    """Takes the GPU's memory once the log holds a text, for a while."""
+
+    def __init__(self, case: Case, log: Path) -> None:
+        super().__init__(daemon=True)
+        self.case, self.log = case, log
+        self.process: subprocess.Popen[str] | None = None
+        self.ended = threading.Event()
+
+    def hold(self) -> None:
+        """Start the process; returns once it has initialized CUDA and begins to take memory at the text."""
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", NEIGHBOUR, str(self.case.leave), str(self.case.seconds)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout
+        self.process.stdout.readline()
+
+    def run(self) -> None:
+        while not self.ended.wait(0.01):
+            with suppress(OSError):
+                if str(self.case.at).encode() in self.log.read_bytes():
+                    self.hold()
+                    return
+
+    def end(self) -> None:
+        self.ended.set()
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+def attempt(name: str, case: Case, run: Path, results: Path, options: argparse.Namespace) -> dict[str, Any]:
+    log = results / "engine.log"
+    neighbour = Neighbour(case, log)
+    if case.at == "":
+        neighbour.hold()
+    elif case.at is not None:
+        neighbour.start()
+    begin = time.monotonic()
+    process = jobs.job(options, run, results, lambda plan: provoked(plan, case))
+    try:
+        _, said = process.communicate(timeout=options.limit)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    finally:
+        neighbour.end()
+    (history,) = results.glob("results/work/*/attempts.json")
+    attempts = json.loads(history.read_text(encoding="utf-8"))["attempts"]
+    if options.logs:
+        options.logs.mkdir(parents=True, exist_ok=True)
+        shutil.copy(log, options.logs / f"{name}.log")
+    return {
+        "case": name,
+        "expected": case.expected,
+        "attempts": [{key: each[key] for key in ("rung", "outcome", "failure", "message")} for each in attempts],
+        "finished": process.returncode == 0,
+        "seconds": round(time.monotonic() - begin, 1),
+        "said": said[-2000:],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    jobs.add_arguments(parser)
+    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--logs", type=Path)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="ladder-") as temporary:
+        folder = Path(temporary)
+        suite = {"include_path": str(jobs.REPO / "config/demo/tasks"), "tasks": ["demo_opposites", "demo_prose"]}
+        run = jobs.planned(options, folder, {"demo": suite})
+        for name in options.cases.split(","):
+            row = attempt(name, CASES[name], run, folder / "provoked" / name, options)
+            rows.append(row)
+            told = " -> ".join(f"rung {a['rung']} {a['failure'] or a['outcome']}" for a in row["attempts"])
+            right = row["finished"] and row["attempts"][0]["failure"] == row["expected"]
+            print(f"{'ok ' if right else 'NOT'} {name:22} {row['seconds']:6.1f} s  {told}", flush=True)
+            if not right:
+                print(row["said"], [a["message"] for a in row["attempts"]], flush=True)
+            if options.out:
+                options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
