@@ -19,7 +19,7 @@ from pathlib import Path
 from reproval import keep, memory, resources, supervise
 from reproval.engine import ANSWERED, ChildTask, ChildUnit, ShardTask, environment
 from reproval.files import RecordError, read_record, sha256_file, sha256_json, write_record
-from reproval.progress import Progress
+from reproval.progress import FILE, Progress, ProgressFile
 from reproval.records import (
     Attempt,
     Attempts,
@@ -137,6 +137,12 @@ class Ended:
 
 def climb(job: Job) -> Ended:
     """Run the engine, on the rungs of the plan, until it has done what is not kept already. Raises EvaluateError."""
+    told = ProgressFile(job.work / FILE, len(job.run.run.units))
+    with told.kept():
+        return _climb(job, told)
+
+
+def _climb(job: Job, told: ProgressFile) -> Ended:
     plan, run, gpus = job.plan, job.run, job.gpus
     if not plan.fits:
         raise EvaluateError(f"{plan.model} does not fit this hardware: {plan.advice}")
@@ -173,6 +179,7 @@ def climb(job: Job) -> Ended:
         # A job that is killed leaves this behind.
         note(*seen, numbered(supervise.cut_off(rung, settings), job))
         progress = Progress(job.name, len(units), kept=len(units) - len(pending))
+        told.follow(progress)
         outcome = supervise.run_child(
             [sys.executable, "-m", "reproval.engine", str(job.work / "child.json")],
             child_environment(os.environ, run),

@@ -143,7 +143,9 @@ def _ended(jobs: Sequence[Job]) -> tuple[State, str] | None:
 def _left(seen: Seen, plan: Plan, live: Sequence[Job], pace: float) -> tuple[float, float | None]:
     """Share of the work that is done, and seconds of jobs that are left."""
     told = [job.progress for job in seen.jobs if job.progress is not None]
-    share = min(sum(progress.share for progress in told) / seen.shards, 1.0)
+    # One whose tasks were all kept from before computes nothing.
+    shares = (1.0 if progress.state == "finished" else progress.share for progress in told)
+    share = min(sum(shares) / seen.shards, 1.0)
     if plan.time is None:
         return share, None
     start, work = plan.time.engine_start_s * pace, plan.time.work_s * pace / seen.shards
