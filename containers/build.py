@@ -2,12 +2,13 @@
 
     containers/build gpu                   the image for machines with GPUs
     containers/build cpu                   the one for tests and laptops
-        --tool TOOL      buildah, podman or docker; default: the first that answers, in this order
+        --tool TOOL      buildah, podman, docker or apptainer; default: the first that answers, in this order
         --base IMAGE     instead of the base that images.yaml names, by digest
         --no-sif         only the OCI archive, for containers/release
         --record         write what was built into containers/images.yaml
 
-The result lies in .env/images/: ENGINE.sif, ENGINE.oci.tar and ENGINE.json, which names them with their hashes.
+The result lies in .env/images/: ENGINE.sif, ENGINE.json, which names it with its hash, ENGINE.cdx.json, which lists
+what is in it, and ENGINE.oci.tar, which Apptainer alone does not make.
 `snakemake --use-singularity` takes it from there when the configuration names no image.
 """
 
@@ -29,6 +30,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import images
+import sandbox
+import sbom
 from images import BASE, DOCKERFILE, ENGINES, ImagesError
 from install import ENVS, LOCKS
 
@@ -39,6 +42,7 @@ TOOLS = {
     "buildah": ["buildah", "images"],
     "podman": ["podman", "images"],
     "docker": ["docker", "info"],
+    "apptainer": ["apptainer", "--version"],
 }
 OUT = BASE / ".env" / "images"
 
@@ -129,11 +133,12 @@ def bud(tool: str, engine: str, base: str, context: Path, mounted: dict[str, Pat
         *(word for key, path in mounted.items() for word in ("--secret", f"id={key},src={path}")),
         *("--tag", name, "--file", str(DOCKERFILE), str(context)),
     ]
-    insecure = ["--tls-verify=false"] if base.startswith("127.0.0.1") else []
+    insecure = ["--tls-verify=false"] if on_loopback(base) else []
     archive.unlink(missing_ok=True)
     if tool == "docker":
         epoch = str(images.epoch(engine))
-        run(["docker", "build", *arguments], DOCKER_BUILDKIT="1", SOURCE_DATE_EPOCH=epoch)
+        told = {"DOCKER_BUILDKIT": "1", "BUILDX_NO_DEFAULT_ATTESTATIONS": "1", "SOURCE_DATE_EPOCH": epoch}
+        run(["docker", "build", *arguments], **told)
         run(["docker", "save", "--output", str(archive), name])
         return
     build = [tool, "bud"] if tool == "buildah" else [tool, "build", "--format", "oci"]
@@ -153,16 +158,31 @@ def bud(tool: str, engine: str, base: str, context: Path, mounted: dict[str, Pat
     )
 
 
-def to_sif(tool: str, archive: Path, sif: Path) -> None:
-    source = ("docker-archive:" if tool == "docker" else "oci-archive:") + str(archive)
-    run(["apptainer", "build", "--force", "--disable-cache", str(sif), source])
+def sandboxed(engine: str, base: str, context: Path, mounted: dict[str, Path], work: Path) -> Path:
+    """Build with Apptainer alone; return the folder that is the image."""
+    given = {"BASE_IMAGE": base, "ENGINE": engine, "LOCK_SHA256": images.inputs(engine)["lock_sha256"]}
+    builder = sandbox.Builder(work, context, mounted, given)
+    dockerfile = DOCKERFILE.read_text(encoding="utf-8")
+    return builder.build(dockerfile, images.labels(engine, base), insecure=on_loopback(base))
+
+
+def on_loopback(base: str) -> bool:
+    return base.startswith("127.0.0.1")
+
+
+def to_sif(source: str, engine: str, sif: Path) -> None:
+    """`source` is what Apptainer builds from: TYPE-archive:FILE, or a folder."""
+    command = ["apptainer", "build", "--force", "--disable-cache", *sandbox.unprivileged(), str(sif), source]
+    run(command, SOURCE_DATE_EPOCH=str(images.epoch(engine)))
 
 
 # --- what came out ---------------------------------------------------------------------------------------------------
 
 
 def archive_digest(archive: Path) -> str | None:
-    """Digest of the only image of an OCI archive; None for docker's own format."""
+    """Digest of the only image of an OCI archive; None for docker's own format, and where there is no archive."""
+    if not archive.exists():
+        return None
     with tarfile.open(archive) as tar:
         if "index.json" not in tar.getnames():
             return None
@@ -205,20 +225,33 @@ def main() -> int:
     if not options.no_sif and not works("apptainer"):
         raise ImagesError("the .sif is made by apptainer, which is not on PATH; --no-sif builds the OCI archive alone")
     tool = choose(options.tool)
+    if options.no_sif and tool == "apptainer":
+        raise ImagesError("--no-sif: apptainer alone makes no OCI archive; install buildah, podman or docker")
     OUT.mkdir(parents=True, exist_ok=True)
     archive, sif, part = OUT / f"{engine}.oci.tar", OUT / f"{engine}.sif", OUT / f".{engine}.part.sif"
     settings = pip_settings()
-    with tempfile.TemporaryDirectory(prefix="reproval-image-") as name:
+    archive.unlink(missing_ok=True)
+    # Whole trees of files: beside the result rather than in /tmp, which may be small.
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=OUT) as name:
         folder = Path(name)
         context = folder / "context"
         make_context(engine, context, settings)
         mounted = secrets(folder, settings)
-        bud(tool, engine, base, context, mounted, archive)
+        if tool == "apptainer":
+            tree = sandboxed(engine, base, context, mounted, folder)
+            source, described = str(tree), f"dir:{tree}"
+        else:
+            bud(tool, engine, base, context, mounted, archive)
+            source = described = f"{'docker' if tool == 'docker' else 'oci'}-archive:{archive}"
+        digest = archive_digest(archive)
         if not options.no_sif:
-            to_sif(tool, archive, part)
-    digest = archive_digest(archive)
+            to_sif(source, engine, part)
+        identity = digest or (sha256_file(part) if part.exists() else "unknown")
+        kinds = sbom.describe(described, f"reproval-{engine}", identity, OUT / f"{engine}.cdx.json")
+        print(f"{engine}.cdx.json: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()))
     built = {"date": datetime.now(UTC).date().isoformat(), "base": base, "tool": tool, "digest": digest}
-    built["archive"] = mebibytes(archive)
+    if archive.exists():
+        built["archive"] = mebibytes(archive)
     for size, step in layers(archive)[:5] if digest else []:
         print(f"layer {size / 2**20:7.0f} MiB  {' '.join(step.split())[:90]}")
     if not options.no_sif:

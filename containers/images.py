@@ -3,6 +3,7 @@
     containers/images check             refuses a record that is older than the Dockerfile or a lock
     containers/images renew ENGINE      writes down today's inputs; forgets the build that they replace
     containers/images verify ENGINE     asks the package index for the hash of every file of the engine's locks
+    containers/images compare OLD NEW   what differs between two builds, as OCI archives
 
 `build` and `release` write the rest of the record.
 """
@@ -18,6 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import compare
 import yaml
 from install import ENVS, LOCKS, Uv, stamp_of
 
@@ -178,7 +180,8 @@ def verify(engine: str) -> list[str]:
     if done.returncode != 0:
         raise ImagesError(f"envs/{name} cannot be resolved again:\n{done.stderr.strip()}")
     there = hashes(done.stdout)
-    print(f"envs/{name}: {len(locked)} packages, {sum(map(len, locked.values()))} files asked for")
+    index = environment.get("UV_DEFAULT_INDEX", "https://pypi.org/simple").rpartition("@")[2]
+    print(f"envs/{name}: {len(locked)} packages, {sum(map(len, locked.values()))} files; {index} was asked for each")
     return [
         f"{pin}: {len(files ^ there.get(pin, set()))} files differ"
         for pin, files in locked.items()
@@ -197,6 +200,12 @@ def main(arguments: list[str]) -> int:
             "\n".join(wrong) or "every one has the hash that the lock names", file=sys.stderr if wrong else sys.stdout
         )
         return 1 if wrong else 0
+    if len(arguments) == 3 and arguments[0] == "compare":
+        different = False
+        for line in compare.differences(Path(arguments[1]), Path(arguments[2])):
+            different = True
+            print(line)
+        return 1 if different else 0
     if len(arguments) == 2 and arguments[0] == "renew" and arguments[1] in ENGINES:
         write(renewed(read(), arguments[1]))
         return 0

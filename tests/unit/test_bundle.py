@@ -87,6 +87,20 @@ def test_it_holds_what_another_machine_needs(project: Path, tmp_path: Path) -> N
     assert "model.safetensors with SHA-256 1111" in str(bundle.weights_needed(tmp_path / "out", "smollm2-135m"))
 
 
+def test_it_holds_the_list_of_what_the_image_holds_byte_by_byte(project: Path, tmp_path: Path) -> None:
+    """With its paths: they are the image's own."""
+    listed = tmp_path / "cpu.cdx.json"
+    listed.write_text('{"components": [{"name": "torch", "evidence": "/opt/reproval/.env/cpu/lib/python3.11/torch"}]}')
+    results = next(project.rglob("runs")).parent
+    evaluations = sorted(results.glob("runs/*/evaluation.json"))
+    bundle.make(results, evaluations, [], ROOT, project, tmp_path / "b.zip", listed)
+    bundle.unpack(tmp_path / "b.zip", tmp_path / "out")
+    assert (tmp_path / "out" / bundle.SBOM).read_bytes() == listed.read_bytes()
+    graph = json.loads((tmp_path / "out/ro-crate-metadata.json").read_text())["@graph"]
+    (entity,) = [entity for entity in graph if entity["@id"] == bundle.SBOM]
+    assert entity["encodingFormat"] == "application/vnd.cyclonedx+json"
+
+
 def test_the_same_run_makes_the_same_bytes_whatever_the_times_of_its_files(project: Path, tmp_path: Path) -> None:
     first = make(project, tmp_path / "a.zip")
     shutil.copytree(project, tmp_path / "copy")

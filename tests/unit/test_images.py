@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
 import shutil
 import sys
+import tarfile
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
+
+from reproval.container import Image, sbom
 
 BASE = Path(__file__).parents[2]
 sys.path[:0] = [str(BASE / "envs"), str(BASE / "containers")]
 
 import build  # noqa: E402
+import compare  # noqa: E402
 import images  # noqa: E402
 import install  # noqa: E402
+import sandbox  # noqa: E402
 
 
 def test_the_record_is_as_new_as_dockerfile_and_locks() -> None:
@@ -59,3 +67,101 @@ def test_labels_name_lock_base_and_the_versions_that_decide_scores() -> None:
 def test_only_wheels_that_a_lock_names_by_hash_are_taken_from_this_machine(tmp_path: Path) -> None:
     (tmp_path / "torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl").write_bytes(b"not that one")
     assert build.local_wheels("cpu", {"find-links": str(tmp_path)}) == []
+
+
+def test_no_step_removes_what_a_shared_folder_may_hold() -> None:
+    """Apptainer's own builds, and some of buildah's, lend the machine's /tmp to a step."""
+    steps = sandbox.instructions(images.DOCKERFILE.read_text(encoding="utf-8"))
+    assert not [rest for _, rest in steps if re.search(r"\brm\s[^&|;]*\s(/var)?/tmp\b", rest)]
+
+
+def test_apptainer_alone_knows_every_step_of_the_dockerfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for what needs Apptainer: the stages, the steps' words, and what an image says of itself."""
+    ran: list[list[str]] = []
+
+    def call(command: list[str], shown: bool = True) -> None:
+        if command[0] == "cp":
+            shutil.copytree(command[-2], command[-1])
+        elif "build" in command:
+            (Path(command[-2]) / ".singularity.d/env").mkdir(parents=True)
+        else:
+            ran.append(command)
+            if command[-1].endswith("envs/install ${ENGINE}"):
+                (tmp_path / "work/packages/opt/reproval/.env/gpu").mkdir(parents=True)
+
+    monkeypatch.setattr(sandbox, "call", call)
+    monkeypatch.setattr(sandbox.Builder, "check", lambda *_: None)
+    for name in ("work", "context/envs", "context/wheels"):
+        (tmp_path / name).mkdir(parents=True)
+    given = {"BASE_IMAGE": "a@sha256:b", "ENGINE": "gpu", "LOCK_SHA256": "0" * 64}
+    secrets = {"pip.conf": tmp_path / "pip.conf"}
+    (tmp_path / "pip.conf").write_text("")
+    builder = sandbox.Builder(tmp_path / "work", tmp_path / "context", secrets, given)
+    made = builder.build(images.DOCKERFILE.read_text(encoding="utf-8"), {"label": "value"})
+    assert (made / "opt/reproval/.env/gpu").is_dir()
+    assert not (tmp_path / "work/packages/etc/pip.conf").exists()
+    (installing,) = [command for command in ran if command[-1].endswith("envs/install ${ENGINE}")]
+    assert f"{tmp_path}/pip.conf:/etc/pip.conf:ro" in installing
+    assert "ENGINE=gpu" in installing
+    variables = (made / sandbox.ENVIRONMENT).read_text()
+    assert "export PATH=/opt/reproval/.env/gpu/bin:" in variables
+    assert "PYTHONNOUSERSITE=1" in variables
+    labels = json.loads((made / ".singularity.d/labels.json").read_text())
+    assert labels == {"reproval.engine": "gpu", "reproval.lock.sha256": "0" * 64, "label": "value"}
+    with pytest.raises(images.ImagesError, match="does not know how to do: USER nobody"):
+        builder.build("ARG BASE_IMAGE=x\nFROM ${BASE_IMAGE} AS other\nUSER nobody\n", {})
+
+
+def test_an_sbom_of_another_image_is_none(tmp_path: Path) -> None:
+    sif, published = tmp_path / "cpu.sif", tmp_path / "containers"
+    image = Image("reproval-cpu", "sha256:1", "sha256:1", sif, "2" * 64, tmp_path / "cpu.json")
+
+    def write(path: Path, version: str) -> None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"metadata": {"component": {"version": version}}}))
+
+    assert sbom(image, published) is None
+    write(tmp_path / "cpu.cdx.json", "sha256:3")
+    assert sbom(image, published) is None
+    write(published / "gpu.cdx.json", "sha256:1")
+    assert sbom(image, published) == published / "gpu.cdx.json"
+    write(tmp_path / "cpu.cdx.json", "2" * 64)
+    assert sbom(image, published) == tmp_path / "cpu.cdx.json"
+
+
+def archive(path: Path, files: dict[str, tuple[bytes, int]]) -> Path:
+    """An OCI archive of one layer, of files given as name -> (content, time)."""
+
+    def tar(members: dict[str, tuple[bytes, int]]) -> bytes:
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w") as made:
+            for name, (content, time) in members.items():
+                info = tarfile.TarInfo(name)
+                info.size, info.mtime = len(content), time
+                made.addfile(info, io.BytesIO(content))
+        return packed.getvalue()
+
+    def digest(content: bytes) -> str:
+        return f"sha256:{sha256(content).hexdigest()}"
+
+    layer = tar(files)
+    config = json.dumps({"history": [{"created_by": "RUN x"}], "rootfs": {"diff_ids": [digest(layer)]}}).encode()
+    manifest = json.dumps({"config": {"digest": digest(config)}, "layers": [{"digest": digest(layer)}]}).encode()
+    index = json.dumps({"manifests": [{"digest": digest(manifest)}]}).encode()
+    blobs = {f"blobs/{digest(blob).replace(':', '/')}": (blob, 0) for blob in (layer, config, manifest)}
+    path.write_bytes(tar(blobs | {"index.json": (index, 0)}))
+    return path
+
+
+def test_two_builds_are_compared_file_by_file(tmp_path: Path) -> None:
+    files = {"etc/a": (b"a", 1), "etc/b": (b"b", 1), "etc/c": (b"c", 1)}
+    old = archive(tmp_path / "old.tar", files)
+    assert list(compare.differences(old, archive(tmp_path / "same.tar", files))) == []
+    new = archive(tmp_path / "new.tar", {"etc/a": (b"A", 1), "etc/b": (b"b", 2), "etc/d": (b"d", 1)})
+    assert list(compare.differences(old, new)) == [
+        "layer 1 (RUN x): 4 of 4 files differ",
+        "  etc/a: content",
+        "  etc/b: mtime 1 and 2",
+        "  etc/c: only in the first",
+        "  etc/d: only in the second",
+    ]

@@ -34,6 +34,8 @@ from reproval.run_file import RunFile
 SUMS = "SHA256SUMS"
 CRATE = "ro-crate-metadata.json"
 CONFIGURATION = "configuration.yaml"
+# What the image holds, as CycloneDX.
+SBOM = "image.cdx.json"
 README = "README.md"
 # ZIP without its extension for larger archives.
 LARGEST_BYTES = 2**32 - 2**20
@@ -118,10 +120,15 @@ def _leaves_the_project(path: str) -> bool:
 
 
 def members(
-    results: Path, runs: list[BundledRun], manifests: Iterable[Path], base: Path, workdir: Path
+    results: Path,
+    runs: list[BundledRun],
+    manifests: Iterable[Path],
+    base: Path,
+    workdir: Path,
+    sbom: Path | None = None,
 ) -> dict[str, Content]:
     """Name in the archive -> content, without CRATE and SUMS. Raises BundleError for a secret, OSError."""
-    found: dict[str, Content] = {}
+    found: dict[str, Content] = {SBOM: sbom} if sbom else {}
 
     def record(name: str, path: Path) -> None:
         cleaned, _ = scrub.scrub(json.loads(path.read_text(encoding="utf-8")), workdir)
@@ -199,7 +206,7 @@ def _refuse_secrets(name: str, content: Content) -> None:
     data = content if isinstance(content, bytes) else content.read_bytes()
     samples = name.endswith(".gz")
     text = (gzip.decompress(data) if samples else data).decode("utf-8", errors="replace")
-    told = scrub.own(text) if samples or name.startswith("workflow/") else scrub.leaks(text)
+    told = scrub.own(text) if samples or name == SBOM or name.startswith("workflow/") else scrub.leaks(text)
     if told is not None:
         raise BundleError(
             f"{name}: holds {told}; expected nothing secret in a bundle. "
@@ -325,6 +332,10 @@ def crate(files: Mapping[str, tuple[int, str]], runs: list[BundledRun]) -> dict[
         }
         if name == README:
             entity["about"] = ref("./")
+        if name == SBOM:
+            entity["encodingFormat"] = "application/vnd.cyclonedx+json"
+            if images:
+                entity["about"] = one_or_all([ref(image) for image in images])
         if name == "workflow/Snakefile":
             entity |= {
                 "conformsTo": ref(BIOSCHEMAS),
@@ -380,10 +391,18 @@ def write_archive(path: Path, contents: Mapping[str, Content]) -> None:
                     shutil.copyfileobj(source, target, 2**20)
 
 
-def make(results: Path, evaluations: list[Path], manifests: list[Path], base: Path, workdir: Path, out: Path) -> str:
+def make(
+    results: Path,
+    evaluations: list[Path],
+    manifests: list[Path],
+    base: Path,
+    workdir: Path,
+    out: Path,
+    sbom: Path | None = None,
+) -> str:
     """Bundle these evaluations; return the archive's SHA-256. Raises BundleError, RecordError, OSError."""
     runs = read_runs(results, evaluations)
-    contents = members(results, runs, manifests, base, workdir)
+    contents = members(results, runs, manifests, base, workdir, sbom)
     files = {name: _sized(contents[name]) for name in sorted(contents)}
     contents[CRATE] = (json.dumps(crate(files, runs), indent=1, ensure_ascii=False) + "\n").encode()
     files[CRATE] = _sized(contents[CRATE])
@@ -556,6 +575,7 @@ def main() -> int:
     maker.add_argument("--evaluations", type=Path, nargs="+", required=True)
     maker.add_argument("--manifests", type=Path, nargs="+", required=True)
     maker.add_argument("--base", type=Path, required=True, help="the workflow's folder")
+    maker.add_argument("--sbom", type=Path, help="what the image holds, as CycloneDX")
     maker.add_argument("--out", type=Path, required=True)
     checker = commands.add_parser("check", help="check every byte of a bundle")
     checker.add_argument("file", type=Path)
@@ -563,7 +583,13 @@ def main() -> int:
     try:
         if options.command == "make":
             digest = make(
-                options.results, options.evaluations, options.manifests, options.base, Path.cwd(), options.out
+                options.results,
+                options.evaluations,
+                options.manifests,
+                options.base,
+                Path.cwd(),
+                options.out,
+                options.sbom,
             )
             print(f"{options.out}: {options.out.stat().st_size} bytes, SHA-256 {digest}")
         else:

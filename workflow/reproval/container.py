@@ -10,6 +10,7 @@ caller's environment, home or network, and only the folders that a job needs. By
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import shutil
@@ -103,6 +104,22 @@ def chosen(asked: ContainerConfig | None, built: Path, lock_sha256: str, store: 
     digest = asked.image.partition("@")[2]
     record = _record(store, digest.partition(":")[2])
     return Image(asked.image, asked.image, digest, record.with_suffix(".sif").absolute(), None, record)
+
+
+def sbom(image: Image, published: Path) -> Path | None:
+    """The list of what the image holds, as CycloneDX: beside the .sif, or in the folder `published`.
+
+    Of another image than this one, by the digest that it names, it is none.
+    """
+    own = {image.digest, image.sif_sha256} - {None}
+    for path in (image.sif.with_suffix(".cdx.json"), *sorted(published.glob("*.cdx.json"))):
+        try:
+            described = json.loads(path.read_text(encoding="utf-8"))["metadata"]["component"]["version"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if described in own:
+            return path
+    return None
 
 
 def _record(store: Path, hexadecimal: str) -> Path:

@@ -45,6 +45,7 @@ rule bundle:
         report=rules.report.output,
         scores=rules.collect.output,
         manifests=MANIFESTS,
+        sbom=str(SBOM) if SBOM else [],
     output:
         "results/bundle.zip",
     log:
@@ -53,6 +54,7 @@ rule bundle:
         None
     params:
         base=str(BASE),
+        sbom=f"--sbom {shlex.quote(str(SBOM))}" if SBOM else "",
     shell:
         "controller -m reproval.bundle make --results results --evaluations {input.evaluations:q}"
-        " --manifests {input.manifests:q} --base {params.base:q} --out {output:q} 2>&1 | tee {log:q}"
+        " --manifests {input.manifests:q} {params.sbom} --base {params.base:q} --out {output:q} 2>&1 | tee {log:q}"
