@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 from reproval import keep, memory, resources, supervise
 from reproval.engine import ANSWERED, ChildTask, ChildUnit, ShardTask, environment
 from reproval.files import RecordError, read_record, sha256_file, sha256_json, write_record
+from reproval.gpu_claims import claimed
 from reproval.progress import FILE, Progress, ProgressFile
 from reproval.records import (
     Attempt,
@@ -158,6 +160,7 @@ def _climb(job: Job, told: ProgressFile) -> Ended:
         return Ended(first, history, [], [])
     traces: list[memory.Trace] = []
     seen: list[Attempt] = []
+    variables = dict(os.environ)
 
     def note(*attempts: Attempt) -> None:
         write_record(job.work / "attempts.json", Attempts(attempts=[*history, *attempts]))
@@ -182,7 +185,7 @@ def _climb(job: Job, told: ProgressFile) -> Ended:
         told.follow(progress)
         outcome = supervise.run_child(
             [sys.executable, "-m", "reproval.engine", str(job.work / "child.json")],
-            child_environment(os.environ, run),
+            child_environment(variables, run),
             job.log,
             progress.event,
             gpus=gpus,
@@ -192,13 +195,18 @@ def _climb(job: Job, told: ProgressFile) -> Ended:
         note(*seen)
         return outcome
 
-    attempts, finished = supervise.climb(
-        plan.ladder[:end],
-        start_child,
-        first=first,
-        on_cpu=run.hardware.gpus == 0,
-        holders=lambda: memory.gpu_holders(gpus, os.environ),
-    )
+    with ExitStack() as stack:
+        # Without NVML nothing tells one GPU from another, and CUDA's own choice stays.
+        if gpus and (uuids := memory.gpu_uuids(os.environ)):
+            claim = claimed(job.results / "work/gpus", uuids, gpus, plan.jobs_per_gpu)
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(stack.enter_context(claim))
+        attempts, finished = supervise.climb(
+            plan.ladder[:end],
+            start_child,
+            first=first,
+            on_cpu=run.hardware.gpus == 0,
+            holders=lambda: memory.gpu_holders(gpus, variables),
+        )
     attempts = [numbered(attempt, job) for attempt in attempts]
     note(*attempts)
     last = attempts[-1]

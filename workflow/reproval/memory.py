@@ -61,9 +61,12 @@ class Trace:
 
 
 class Gpus:
-    """The first `count` GPUs that a job with this environment sees, through NVML. Raises RuntimeError without NVML."""
+    """The first `count` GPUs, or all, that a job with this environment sees, through NVML.
 
-    def __init__(self, count: int, env: Mapping[str, str]) -> None:
+    Raises RuntimeError without NVML, and if there are fewer.
+    """
+
+    def __init__(self, count: int | None, env: Mapping[str, str]) -> None:
         try:
             import pynvml
 
@@ -73,8 +76,9 @@ class Gpus:
             raise RuntimeError(f"NVML cannot be used ({error}): GPU memory is not measured") from error
         try:
             visible = visible_devices(env, pynvml.nvmlDeviceGetCount())
-            self._handles = [self._handle(name) for name in visible[:count]]
-            if len(self._handles) < count:
+            self._names = visible[:count]
+            self._handles = [self._handle(name) for name in self._names]
+            if count is not None and len(self._handles) < count:
                 raise RuntimeError(f"{count} GPUs are asked for and {len(self._handles)} are visible")
         except pynvml.NVMLError as error:
             self.close()
@@ -98,6 +102,11 @@ class Gpus:
 
     def __len__(self) -> int:
         return len(self._handles)
+
+    def uuids(self) -> dict[str, str]:
+        """UUID of each by its name in CUDA_VISIBLE_DEVICES."""
+        found = (self._nvml.nvmlDeviceGetUUID(handle) for handle in self._handles)
+        return dict(zip(self._names, found, strict=True))
 
     def used_bytes(self) -> tuple[int, ...]:
         """Memory in use on each GPU by all processes, without what the driver reserves: what nvidia-smi shows."""
@@ -150,6 +159,18 @@ def visible_devices(env: Mapping[str, str], count: int) -> list[str]:
             break
         names.append(name)
     return names
+
+
+def gpu_uuids(env: Mapping[str, str]) -> dict[str, str]:
+    """Gpus.uuids of all that a job with this environment sees, or nothing where NVML cannot be used."""
+    try:
+        gpus = Gpus(None, env)
+    except RuntimeError:
+        return {}
+    try:
+        return gpus.uuids()
+    finally:
+        gpus.close()
 
 
 def gpu_holders(count: int, env: Mapping[str, str]) -> list[str]:

@@ -65,10 +65,15 @@ TIERS = str(folders.resolve(CONFIG.tiers, Path.cwd(), BASE))
 # On one machine a GPU serves one job at a time unless --resources gpu=N says that there are more. The scope is local:
 # a scheduler's queue is not held back by it.
 workflow.global_resources.setdefault("gpu", Resource("gpu", max(CONFIG.hardware.gpus, 1)))
+if CONFIG.hardware.jobs_per_gpu > 1:
+    # Shares of GPUs are counted instead.
+    SHARES = workflow.global_resources["gpu"].value * CONFIG.hardware.jobs_per_gpu
+    workflow.global_resources.update({name: Resource(name, SHARES) for name in ("gpu", "gpu_share")})
 
 
 resource_scopes:
     gpu="local",
+    gpu_share="local",
 
 
 # Models and suites are staged by what they are, so that a change of anything
@@ -105,6 +110,14 @@ def planned_gpus(wildcards, input):
     shard = [f"{wildcards.shard}-of-{wildcards.shards}"] if "shard" in wildcards.keys() else []
     history = demand.read_history(Path("results/work", wildcards.run, *shard))
     return demand.gpus(demand.read_plan(input.plan), history)
+
+
+def planned_gpu_shares(wildcards, input):
+    plan = demand.read_plan(input.plan)
+    return planned_gpus(wildcards, input) * CONFIG.hardware.jobs_per_gpu // plan.jobs_per_gpu
+
+
+SHARED_GPU = {"gpu_share": planned_gpu_shares} if CONFIG.hardware.jobs_per_gpu > 1 else {}
 
 
 def planned_mem_mb(wildcards, input, attempt):

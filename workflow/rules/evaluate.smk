@@ -15,6 +15,7 @@ rule evaluate:
     threads: CONFIG.hardware.cpus
     resources:
         gpu=planned_gpus,
+        **SHARED_GPU,
         mem_mb=planned_mem_mb,
         runtime=planned_runtime,
     shell:

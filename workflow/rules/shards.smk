@@ -45,6 +45,7 @@ rule evaluate_shard:
     threads: CONFIG.hardware.cpus
     resources:
         gpu=planned_gpus,
+        **SHARED_GPU,
         mem_mb=planned_mem_mb,
         runtime=planned_runtime,
     shell:
