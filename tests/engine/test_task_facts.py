@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from reproval import engine
+from reproval.seeds import seeds
 from reproval.settings import TaskSettings, Unit
 from reproval.task_facts import encoder, unit_facts
-from reproval.tasks import UnknownTask, chat_arguments, manager, seeds
+from reproval.tasks import UnknownTask, chat_arguments, manager
 
 BASE = Path(__file__).resolve().parents[2]
 MODEL = BASE / "resources/demo/SmolLM2-135M-Instruct"

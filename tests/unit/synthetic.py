@@ -47,6 +47,8 @@ class Model:
     failures: tuple[str, ...] = ()
     cut: int = 0
     provenance: dict[str, Any] = field(default_factory=dict)
+    repeat: int = 0
+    flips: float = 0.05  # share of the questions that a repeat answers otherwise
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def _hash(*parts: object) -> str:
 def _lines(model: Model, task: Task, name: str) -> list[dict[str, Any]]:
     """One line per document and filter, as lm-eval logs them, plus the task."""
     hard, mine = _seed("difficulty", name), _seed("answers", model.name, name)
+    again = _seed("again", model.name, name, model.repeat)
     out: list[dict[str, Any]] = []
     for i in range(task.documents):
         level = hard.uniform(-0.35, 0.35)
@@ -116,6 +119,8 @@ def _lines(model: Model, task: Task, name: str) -> list[dict[str, Any]]:
             "target_hash": _hash("A"),
         }
         right = float(mine.uniform() < model.skill + level)
+        if model.repeat and again.uniform() < model.flips:
+            right = 1.0 - right
         if task.kind == "generation":
             lenient = float(right or mine.uniform() < 0.1)
             for name_of_filter, value in (("strict-match", right), ("flexible-extract", lenient)):
@@ -123,6 +128,7 @@ def _lines(model: Model, task: Task, name: str) -> list[dict[str, Any]]:
         elif task.kind == "rolling":
             words = int(hard.integers(120, 400))
             bits = -words * (3.4 - model.skill) * (1 + 0.3 * level) * (1 + 0.01 * mine.standard_normal())
+            bits *= 1 + (0.01 * again.standard_normal() if model.repeat else 0.0)
             out.append(
                 {
                     **line,
@@ -269,7 +275,8 @@ def write_project(
     """Write results/ as the evaluate stage leaves it."""
     results, evaluations = root / "results", []
     for number, model in enumerate(models):
-        run = f"{model.name}-{_hash('run', model.name)[:12]}"
+        first = f"{model.name}-{_hash('run', model.name)[:12]}"
+        run = f"{model.name}-{_hash('run', model.name, model.repeat)[:12]}" if model.repeat else first
         hardware = r.Hardware(
             gpus=model.gpus,
             gpu_memory_bytes=int(79.6 * GIB) if model.gpus else 0,
@@ -326,7 +333,7 @@ def write_project(
                 "driver": "580.65.06" if model.gpus else None,
                 "cuda": "13.0" if model.gpus else None,
                 "slurm_job": f"{418200 + number}" if model.gpus else None,
-                "seeds": {"engine": 1234, "fewshot": 1234},
+                "seeds": {"engine": 1234 + model.repeat, "fewshot": 1234 + model.repeat},
                 "batch_invariant": False,
                 "engine_arguments": {
                     "model_config.dtype": f"torch.{model.dtype}",
@@ -365,7 +372,7 @@ def write_project(
                 "suite": task.suite,
                 "task": task.name,
                 "settings": {"num_fewshot": task.shots},
-                "seed": 1234,
+                "seed": 1234 + model.repeat,
                 "tasks": {name: _hash("task", name) for name in names},
             }
             key = sha256_json(made_of)
@@ -442,6 +449,8 @@ def write_project(
         evaluation = r.Evaluation(
             run=run,
             model=model.name,
+            repeat=model.repeat,
+            repeat_of=first if model.repeat else None,
             plan=plan,
             units=references,
             attempts=attempts,

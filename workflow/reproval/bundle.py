@@ -91,7 +91,11 @@ def configuration(runs: Iterable[RunFile]) -> dict[str, Any]:
     models: dict[str, Any] = {}
     suites: dict[str, Any] = {}
     first: RunFile | None = None
+    repeats = 1
     for entry in runs:
+        repeats = max(repeats, entry.run.repeat + 1)
+        if entry.run.repeat:
+            continue
         first = first or entry
         run = entry.run
         model = run.model.model_dump(exclude_defaults=True)
@@ -109,6 +113,8 @@ def configuration(runs: Iterable[RunFile]) -> dict[str, Any]:
                 suite["tasks"].append(task)
     assert first is not None
     made: dict[str, Any] = {"models": models, "suites": suites, "batch_invariant": first.batch_invariant}
+    if repeats > 1:
+        made["repeats"] = repeats
     made["seed"] = first.seed
     if first.container is not None and not first.container.image.endswith(".sif"):
         made["container"] = first.container.model_dump(exclude_none=True)
@@ -174,14 +180,15 @@ def members(
 def _readme(runs: list[BundledRun]) -> str:
     """What somebody reads who unpacks the archive without knowing reproval."""
     rows = [
-        f"| {score.task} | {score.metric} | {score.filter} | {run.evaluation.model} | {score.value:.4f} | {score.n} |"
+        f"| {score.task} | {score.metric} | {score.filter} | {run.evaluation.model} | {run.evaluation.repeat} "
+        f"| {score.value:.4f} | {score.n} |"
         for run in runs
         for _, result in run.units
         for score in result.scores[:20]
     ]
     return "\n".join(
         [
-            f"# Evaluation of {', '.join(run.evaluation.model for run in runs)}",
+            f"# Evaluation of {', '.join(dict.fromkeys(run.evaluation.model for run in runs))}",
             "",
             f"Made by reproval {__version__}, a Snakemake workflow; the workflow as it was lies in workflow/. To run "
             "it again and judge every score, in a checkout of reproval:",
@@ -191,8 +198,8 @@ def _readme(runs: list[BundledRun]) -> str:
             f"What was asked is in {CONFIGURATION}, what came out in results/ (report.html first). Every file is in "
             f"{SUMS} with its SHA-256.",
             "",
-            "| task | metric | filter | model | value | n |",
-            "|---|---|---|---|--:|--:|",
+            "| task | metric | filter | model | repeat | value | n |",
+            "|---|---|---|---|--:|--:|--:|",
             *rows,
             "",
         ]
@@ -271,7 +278,8 @@ def crate(files: Mapping[str, tuple[int, str]], runs: list[BundledRun]) -> dict[
             {
                 "@id": f"#run-{name}",
                 "@type": "CreateAction",
-                "name": f"Evaluation of {model}",
+                "name": f"Evaluation of {model}"
+                + (f", repeat {run.evaluation.repeat}" if run.evaluation.repeat else ""),
                 "description": f"{', '.join(f'{r.suite}/{r.task}' for _, r in run.units)} on {_machine(run)}",
                 "instrument": ref("workflow/Snakefile"),
                 "startTime": run.evaluation.begin,
@@ -297,7 +305,7 @@ def crate(files: Mapping[str, tuple[int, str]], runs: list[BundledRun]) -> dict[
         {
             "@id": "./",
             "@type": "Dataset",
-            "name": f"Evaluation of {', '.join(run.evaluation.model for run in runs)} by reproval",
+            "name": f"Evaluation of {', '.join(dict.fromkeys(run.evaluation.model for run in runs))} by reproval",
             "description": "Configuration, locks, manifests, task files, plan, results with samples, and report of an "
             "evaluation of language models. `snakemake reproduce --config bundle=FILE` runs it again and judges it.",
             "datePublished": max((ended(run) for run in runs), default=""),

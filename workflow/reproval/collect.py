@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -81,14 +81,30 @@ class UnitData:
 
 
 @dataclass(frozen=True)
+class Noise:
+    """How a score moved over repeats of the run: their standard deviation (n - 1), and how many they are."""
+
+    n: int
+    sd: float
+
+
+@dataclass(frozen=True)
 class ModelData:
-    """One evaluated model. `label` is its name, or its run's name where two runs share the model's."""
+    """One run of a model. `label` is the model's name, or the first repeat's run where two other runs have that name.
+
+    `noise` is filled where repeats are taken together, by (suite, task, metric, filter).
+    """
 
     label: str
     folder: Path
     evaluation: Evaluation
     facts: Facts | None
     units: list[UnitData]
+    noise: dict[tuple[str, str, str, str], Noise] = field(default_factory=dict)
+
+    @property
+    def repeat(self) -> int:
+        return self.evaluation.repeat
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -150,7 +166,10 @@ def _columns(rows: list[dict[str, Any]]) -> TaskSamples:
 def load(results: Path, evaluations: Sequence[Path]) -> list[ModelData]:
     """Read evaluations with their units, samples, and the facts beside them, in the order given. Raises RecordError."""
     records = [(path, read_record(path, Evaluation)) for path in evaluations]
-    counts = Counter(record.model for _, record in records)
+    firsts = [record.repeat_of or record.run for _, record in records]
+    counts = Counter(
+        model for _, model in {(first, record.model) for first, (_, record) in zip(firsts, records, strict=True)}
+    )
     wanted: list[tuple[Path, str]] = []
     loaded: list[list[tuple[UnitReference, UnitResult]]] = []
     for path, record in records:
@@ -169,13 +188,13 @@ def load(results: Path, evaluations: Sequence[Path]) -> list[ModelData]:
     samples = iter(_read_all(wanted))
     return [
         ModelData(
-            label=record.model if counts[record.model] == 1 else record.run,
+            label=record.model if counts[record.model] == 1 else first,
             folder=path.parent,
             evaluation=record,
             facts=read_record(facts, Facts) if (facts := path.parent / "facts.json").exists() else None,
             units=[UnitData(reference, result, next(samples)) for reference, result in units],
         )
-        for (path, record), units in zip(records, loaded, strict=True)
+        for (path, record), first, units in zip(records, firsts, loaded, strict=True)
     ]
 
 
@@ -251,6 +270,7 @@ SCHEMA = pa.schema(
     [
         ("model", pa.string()),
         ("run", pa.string()),
+        ("repeat", pa.int64()),
         ("suite", pa.string()),
         ("entry", pa.string()),
         ("task", pa.string()),
@@ -329,7 +349,10 @@ def prompts_cut(unit: UnitData, task: str) -> int:
 
 
 def rows(models: Iterable[ModelData]) -> list[dict[str, Any]]:
-    """One row for each model, task, metric and filter, with the columns of SCHEMA, in the order of the records."""
+    """One row for each run, task, metric and filter, with the columns of SCHEMA, in the order of the records.
+
+    `repeats` and `repeat_sd` beside them say how many runs are in a row of repeats taken together, and how they differ.
+    """
     found = []
     for model in models:
         for unit in model.units:
@@ -339,6 +362,7 @@ def rows(models: Iterable[ModelData]) -> list[dict[str, Any]]:
             same = {
                 "model": model.label,
                 "run": model.evaluation.run,
+                "repeat": model.repeat,
                 "suite": result.suite,
                 "entry": result.task,
                 "score_levers_pulled": bool(levers),
@@ -359,6 +383,7 @@ def rows(models: Iterable[ModelData]) -> list[dict[str, Any]]:
             for score in result.scores:
                 interval = score_interval(score, unit)
                 version = result.versions.get(score.task)
+                noise = model.noise.get((result.suite, score.task, score.metric, score.filter))
                 found.append(
                     {
                         **same,
@@ -374,6 +399,8 @@ def rows(models: Iterable[ModelData]) -> list[dict[str, Any]]:
                         "interval_high": interval.high if interval else None,
                         "interval_method": interval.method if interval else None,
                         "higher_is_better": score.higher_is_better,
+                        "repeats": noise.n if noise else 1,
+                        "repeat_sd": noise.sd if noise else None,
                         "n_shot": result.n_shot.get(score.task),
                         "prompts_cut": prompts_cut(unit, score.task),
                         "task_version": None if version is None else str(version),

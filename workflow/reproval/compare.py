@@ -66,6 +66,8 @@ def _cell(row: dict[str, Any]) -> Cell:
         n=row["n"],
         score_levers=row["score_levers"].split(",") if row["score_levers"] else [],
         prompts_cut=row["prompts_cut"],
+        repeats=row["repeats"],
+        repeat_sd=row["repeat_sd"],
     )
 
 

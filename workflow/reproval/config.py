@@ -362,7 +362,7 @@ def _mend(path: KeyPath, value: Any, expected: str, written: str | None) -> str:
 
 
 def runs(config: Config, base: Path, workdir: Path, environment: str) -> list[Run]:
-    """One Run for each model, in the order of the configuration.
+    """One Run for each model and repeat, in the order of the configuration.
 
     A run's name ends in 12 hex digits of the SHA-256 of its identity: what decides scores and is known before
     anything is fetched. `environment` names what the engine runs from (a lock's hash, an image's digest). Neither
@@ -400,16 +400,33 @@ def runs(config: Config, base: Path, workdir: Path, environment: str) -> list[Ru
             "batch_invariant": config.batch_invariant,
             "environment": environment,
         }
-        made.append(
-            Run(
-                name=f"{name}-{sha256_json(identity)[:12]}",
-                model_name=name,
-                model=model,
-                units=[unit for suite in chosen for unit in units[suite]],
-                identity=identity,
-            )
+        first = Run(
+            name=f"{name}-{sha256_json(identity)[:12]}",
+            model_name=name,
+            model=model,
+            units=[unit for suite in chosen for unit in units[suite]],
+            identity=identity,
         )
+        made += [first, *(_again(first, repeat) for repeat in range(1, config.repeats))]
     return made
+
+
+def _again(first: Run, repeat: int) -> Run:
+    """A run with every seed plus `repeat`."""
+    identity = first.identity | {"repeat": repeat}
+    name = f"{first.model_name}-{sha256_json(identity)[:12]}"
+    units = [unit.model_copy(update={"settings": _reseeded(unit.settings, repeat)}) for unit in first.units]
+    changes = {"name": name, "identity": identity, "units": units, "repeat": repeat, "repeat_of": first.name}
+    return first.model_copy(update=changes)
+
+
+def _reseeded(settings: TaskSettings, repeat: int) -> TaskSettings:
+    """A seed of `generation`, which vLLM takes for each request, is a seed too."""
+    generation = settings.generation or {}
+    seed = generation.get("seed")
+    if not isinstance(seed, int):
+        return settings
+    return settings.model_copy(update={"generation": generation | {"seed": seed + repeat}})
 
 
 def _model_identity(model: ModelConfig, folders: dict[str, str]) -> dict[str, Any]:

@@ -114,6 +114,7 @@ def record(model: ModelData, unit: UnitData, manifests: Manifests, source: Sourc
                     "git_commit": made.git_commit,
                     "git_dirty": made.git_dirty,
                     "run": model.evaluation.run,
+                    "repeat": model.repeat or None,
                     "result_key": result.key,
                     "not_finite": left_out or None,
                 }

@@ -70,6 +70,7 @@ def tracked(model: ModelData, manifests: Manifests, project: Path) -> TrackedRun
         "parameters": evaluation.plan.parameters,
         "tier": evaluation.plan.tier,
         "policy": evaluation.plan.policy,
+        "repeat": evaluation.repeat,
         **(engine_settings(first, evaluation) if first else {}),
         "tasks": ", ".join(f"{unit.result.suite}/{unit.result.task}" for unit in model.units),
     }
@@ -89,7 +90,7 @@ def tracked(model: ModelData, manifests: Manifests, project: Path) -> TrackedRun
     told, _ = scrub([{k: str(v) for k, v in asked.items() if v is not None}, tags, files], project)
     return TrackedRun(
         name=evaluation.run,
-        label=model.label,
+        label=report_facts.run_name(model),
         begin_ms=begin,
         end_ms=begin + round(1000 * evaluation.duration_s),
         parameters=told[0],

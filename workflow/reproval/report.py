@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from reproval import collect, report_facts, words
+from reproval import collect, repeats, report_facts, words
 from reproval.collect import ModelData
 from reproval.compare import comparisons, headlines
 from reproval.files import RecordError, atomic
@@ -25,8 +25,8 @@ from reproval.templates import FOLDER
 
 SCORE_COLUMNS = [
     "model", "suite", "task", "metric", "filter", "value", "stderr", "n", "interval_low", "interval_high",
-    "interval_method", "higher_is_better", "group", "top", "n_shot", "score_levers", "prompts_cut", "task_version",
-    "task_hash", "key",
+    "interval_method", "repeats", "repeat_sd", "higher_is_better", "group", "top", "n_shot", "score_levers",
+    "prompts_cut", "task_version", "task_hash", "key",
 ]  # fmt: skip
 
 
@@ -38,15 +38,18 @@ def methods_file() -> dict[str, Any]:
 def build(models: Sequence[ModelData], manifests: Manifests | None = None, project: Path | None = None) -> Report:
     """The whole content. Paths outside `project` (default: the working directory) and secrets are taken out."""
     known = methods_file()
-    table = collect.rows(models)
-    labels = [m.label for m in models]
+    whole = repeats.together(models)
+    table = collect.rows(whole)
+    labels = [m.label for m in whole]
     lines = headlines(table, labels, known["headline"])
-    pairs, untested = comparisons(models, lines)
+    pairs, untested = comparisons(whole, lines)
     used = dict.fromkeys(row["interval_method"] for row in table if row["interval_method"])
     tests = dict.fromkeys(p.method for p in pairs)
     methods = {name: known["intervals"][name] for name in used} | {name: known["comparisons"][name] for name in tests}
     if pairs:
         methods |= {"Holm's correction": known["correction"], "detectable difference": known["detectable"]}
+    if any(m.noise for m in whole):
+        methods["repeats"] = known["repeats"]
     rows = [[row[c] for c in SCORE_COLUMNS] for row in table]
     content: dict[str, Any] = {
         "title": words.title(labels, len(lines)),
@@ -56,11 +59,11 @@ def build(models: Sequence[ModelData], manifests: Manifests | None = None, proje
         "headlines": lines,
         "comparisons": pairs,
         "untested": untested,
-        "fits": [report_facts.fit(m) for m in models],
-        "memory": [report_facts.memory(m) for m in models],
+        "fits": [report_facts.fit(m) for m in whole],
+        "memory": [report_facts.memory(m) for m in whole],
         "timing": [report_facts.timing(m) for m in models],
         "attempts": [
-            AttemptRow(model=m.label, number=i, attempt=a)
+            AttemptRow(model=report_facts.run_name(m), number=i, attempt=a)
             for m in models
             for i, a in enumerate(m.evaluation.attempts, start=1)
         ],

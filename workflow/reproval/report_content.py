@@ -32,6 +32,8 @@ class Cell(Part):
     n: int | None
     score_levers: list[str]
     prompts_cut: int
+    repeats: int = 1
+    repeat_sd: float | None = Field(default=None, description="Standard deviation over repeats: the noise floor.")
 
 
 class Headline(Part):
@@ -189,7 +191,7 @@ class Report(Record):
     untested: list[Untested]
     fits: list[Fit]
     memory: list[Memory]
-    timing: list[Timing]
+    timing: list[Timing] = Field(description="Of every run; a repeat's `model` is MODEL, repeat K.")
     attempts: list[AttemptRow]
     cuts: list[Cut]
     provenance: ReportProvenance

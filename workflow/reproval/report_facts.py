@@ -23,6 +23,11 @@ def _last(model: ModelData) -> Attempt | None:
     return next((a for a in reversed(attempts) if a.outcome == "finished"), attempts[-1] if attempts else None)
 
 
+def run_name(model: ModelData) -> str:
+    """A run as people read it."""
+    return f"{model.label}, repeat {model.repeat}" if model.repeat else model.label
+
+
 def fit(model: ModelData) -> Fit:
     plan, attempt = model.evaluation.plan, _last(model)
     rung = attempt.rung if attempt else 0
@@ -149,7 +154,7 @@ def timing(model: ModelData) -> Timing:
     attempt = _last(model)
     first = next((p.begin_s for p in (attempt.phases if attempt else []) if p.phase.startswith("task")), None)
     return Timing(
-        model=model.label,
+        model=run_name(model),
         begin=model.evaluation.begin,
         duration_s=model.evaluation.duration_s,
         startup_s=first,
@@ -162,7 +167,7 @@ def cuts(model: ModelData) -> list[Cut]:
     longest = {(t.suite, t.task): t.longest_request_tokens for t in (model.facts.tasks if model.facts else [])}
     return [
         Cut(
-            model=model.label,
+            model=run_name(model),
             suite=unit.result.suite,
             task=task,
             cut=path.cut,
@@ -269,7 +274,9 @@ def provenance(models: Sequence[ModelData], manifests: Manifests) -> ReportProve
     for m in models:
         for unit in m.units:
             for name, value in unit.result.provenance.engine_arguments.items():
-                arguments.setdefault(name, {})[m.label] = str(value)
+                had = arguments.setdefault(name, {}).setdefault(m.label, str(value))
+                if str(value) not in had.split(" / "):
+                    arguments[name][m.label] = f"{had} / {value}"
             for task, hashed in unit.result.task_hashes.items():
                 version = unit.result.versions.get(task)
                 entry = tasks.setdefault(
@@ -281,7 +288,7 @@ def provenance(models: Sequence[ModelData], manifests: Manifests) -> ReportProve
                         "hashes": {},
                     },
                 )
-                entry["hashes"].setdefault(hashed, []).append(m.label)
+                entry["hashes"].setdefault(hashed, {})[m.label] = None
     return ReportProvenance(
         common={name: str(value) for name, value in common.items()},
         by_model={m: {k: v for k, v in facts.items() if k not in common} for m, facts in by_model.items()},

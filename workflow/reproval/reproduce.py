@@ -605,10 +605,12 @@ def judge_runs(
         name = model.evaluation.model
         if len(theirs[1]) == len(ours[1]) == 1:
             name = ours[1][0].evaluation.model
+        if model.repeat not in {0, *(run.repeat for run in ours[1])}:
+            continue
         for score in unit.result.scores:
             if score.task not in unit.top_tasks:
                 continue
-            at = _find(ours[1], name, unit.result.suite, score.task, score.metric, score.filter)
+            at = _find(ours[1], name, unit.result.suite, score.task, score.metric, score.filter, model.repeat)
             found.append((model, unit, score, at))
     if not any(at for *_, at in found):
         found = []
@@ -625,7 +627,7 @@ def judge_runs(
     drafts = []
     for model, unit, score, at in found:
         entry = ScoreVerdict(
-            model=model.evaluation.model,
+            model=model.evaluation.model + (f", repeat {model.repeat}" if model.repeat else ""),
             suite=unit.result.suite,
             task=score.task,
             metric=score.metric,
@@ -683,10 +685,10 @@ def _because(value: float | None) -> str | None:
 
 
 def _find(
-    models: Sequence[ModelData], model: str, suite: str, task: str, metric: str, filter_name: str
+    models: Sequence[ModelData], model: str, suite: str, task: str, metric: str, filter_name: str, repeat: int = 0
 ) -> tuple[ModelData, UnitData, Score] | None:
     for candidate in models:
-        if candidate.evaluation.model != model:
+        if (candidate.evaluation.model, candidate.repeat) != (model, repeat):
             continue
         for unit in candidate.units:
             if unit.result.suite == suite:
@@ -824,13 +826,14 @@ def table_markdown(reproduction: Reproduction) -> str:
 
 
 def newest(results: Path) -> list[Path]:
-    """Evaluations below a results folder: of every model the newest. Raises RecordError if there is none."""
+    """Evaluations below a results folder: of every model and repeat the newest. Raises RecordError if there is none."""
     from reproval.records import Evaluation
 
-    found: dict[str, tuple[str, Path]] = {}
+    found: dict[tuple[str, int], tuple[str, Path]] = {}
     for path in sorted(results.glob("runs/*/evaluation.json")):
         evaluation = read_record(path, Evaluation)
-        found[evaluation.model] = max(found.get(evaluation.model, ("", path)), (evaluation.begin, path))
+        key = (evaluation.model, evaluation.repeat)
+        found[key] = max(found.get(key, ("", path)), (evaluation.begin, path))
     if not found:
         raise RecordError(f"{results}: no runs/*/evaluation.json; name a results folder or a bundle")
     return [path for _, path in found.values()]

@@ -18,11 +18,6 @@ def shifted(seed: int | None, repeat: int) -> Seed:
     return python, numpy, torch, fewshot
 
 
-def unshifted(seed: Seed, repeat: int) -> int | None:
-    """The configuration's seed again."""
-    return seed - repeat if isinstance(seed, int) else None
-
-
 def seeds(seed: Seed) -> dict[str, int]:
     """The four seeds of simple_evaluate, by the names of its arguments."""
     four = LM_EVAL_SEEDS if seed is None else (seed,) * 4 if isinstance(seed, int) else seed

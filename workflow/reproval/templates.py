@@ -34,4 +34,5 @@ def environment(autoescape: bool) -> jinja2.Environment:
         "answered",
     ):
         env.filters[name] = getattr(words, name)
+    env.globals["repeats_note"] = words.REPEATS
     return env

@@ -69,6 +69,12 @@ def count(n: int, noun: str) -> str:
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
+REPEATS = (
+    "Each is the mean over repeats of the run with other seeds. SE, the standard error, says how far other questions "
+    "could have moved it; SD, the standard deviation over the repeats, how far the same questions asked again do. A "
+    "difference that is small against the SD may be noise, however many questions there are."
+)
+
 _PHASES = {"kv_cache": "KV", "capture": "graphs"}
 
 
