@@ -2,6 +2,7 @@
 #
 #   snakemake --cores 2                      everything, to results/report.html
 #   snakemake --cores 2 plan                 what would be done to each model to make it fit, without a GPU
+#   snakemake --cores 2 doctor               the traps that cost GPU hours, looked for here and where evaluations run
 #   snakemake --cores 1 status               what ran, runs, failed and waits, and how long is left; also while it runs
 #   snakemake --cores 2 stage                models and data sets into the store; nothing later needs the network
 #   snakemake --cores 2 bundle               all of it but the weights in one archive that another cluster can run from
@@ -49,6 +50,7 @@ else:
 
 
 include: "workflow/rules/status.smk"
+include: "workflow/rules/doctor.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/reproduce.smk"
 include: "workflow/rules/export.smk"
@@ -68,6 +70,8 @@ localrules:
     collect,
     report,
     status,
+    doctor_head,
+    doctor,
     judge,
     reproduce,
     bundle,

@@ -91,6 +91,9 @@ class TaskManifest(Record):
     suite: str
     datasets: list[DatasetSource]
     task_files: list[StoredFile]
+    files: list[StoredFile] = Field(
+        default=[], description="Of the data sets' cache, relative to the store. Not in the digest: they hold times."
+    )
     digest: Sha256
 
 

@@ -31,6 +31,7 @@ class RunFile(Record):
     container: ContainerConfig | None
     environment: str = Field(description="Lock or image that the engine runs from, as in the run's identity.")
     store: str
+    local_copy: str | None = None
 
 
 def run_file(run: Run, config: Config, environment: str) -> RunFile:
@@ -53,6 +54,7 @@ def run_file(run: Run, config: Config, environment: str) -> RunFile:
         container=config.container,
         environment=environment,
         store=config.store,
+        local_copy=config.local_copy,
     )
 
 

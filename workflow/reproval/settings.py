@@ -211,6 +211,12 @@ class Config(Section):
     store: Text = Field(
         default="resources", description="Folder for models and data sets, relative to the working directory."
     )
+    local_copy: str | None = Field(
+        default=None,
+        pattern=r"^(\$TMPDIR|/[^$~]*)$",
+        description="Folder on the disk of the node, `$TMPDIR` or an absolute path: a job copies its model there, "
+        "checks every byte, and removes it at its end. For a shared file system that many jobs read at once.",
+    )
     seed: int | None = Field(
         default=None,
         ge=0,
@@ -241,6 +247,11 @@ class Config(Section):
     bundle: Text | None = Field(
         default=None,
         description="The same from a bundle that another machine made with `snakemake bundle`. For --config.",
+    )
+    doctor: Literal["quick", "deep"] = Field(
+        default="quick",
+        description="`deep`: `snakemake doctor` reads every byte of the store and compares it with its SHA-256. "
+        "For --config.",
     )
     margin: float | None = Field(
         default=None,

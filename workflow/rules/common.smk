@@ -136,11 +136,12 @@ MANIFESTS = [
 # --- the environment of every job -------------------------------------------------------------------------------------
 
 # Caches follow HOME unless told, and HOME is the working directory in a container: keep them all in the store. No user
-# site-packages, no code from the caller's PYTHONPATH.
+# site-packages, no code from the caller's PYTHONPATH or from the working directory.
 CACHE = Path(STORE).resolve() / "cache"
 JOB_ENVIRONMENT = {
     "PYTHONPATH": BASE / "workflow",
     "PYTHONNOUSERSITE": 1,
+    "PYTHONSAFEPATH": 1,
     "REPROVAL_GIT": provenance.git_note(),
     "REPROVAL_SNAPSHOT": SNAPSHOT,
     "HF_HOME": Path(STORE).resolve() / "huggingface",
@@ -185,9 +186,13 @@ if IMAGE:
     inside = f" -m reproval.container run {shlex.quote(str(IMAGE.record))}"
     ENGINE = f"python3{inside}"
     ONLINE_ENGINE = f"{containers.online_command(IMAGE, bound, given.removeprefix(made))}{inside}"
+    exported = " ".join(f"{name}={shlex.quote(str(value))}" for name, value in JOB_ENVIRONMENT.items())
+    started = f'{containers.runtime() or "apptainer"} exec --home "$PWD" {workflow.deployment_settings.apptainer_args}'
+    INSIDE = f"{started} {shlex.quote(str(IMAGE.sif))} env {exported} {WITHOUT_NETWORK}{ENGINE}"
 else:
     IMAGE_RECORD = {}
     ENGINE = ONLINE_ENGINE = shlex.join([str(BASE / "envs" / "python"), ENGINE_ENV])
+    INSIDE = WITHOUT_NETWORK + ENGINE
 
 
 def escaped(command):
@@ -197,7 +202,12 @@ def escaped(command):
 
 # What the rules' commands begin with. As functions of the shell they are no part of a command, so that a checkout or an
 # environment that moved is no reason to run a job again.
-COMMANDS = {"controller": CONTROLLER, "engine": WITHOUT_NETWORK + ENGINE, "online_engine": ONLINE_ENGINE}
+COMMANDS = {
+    "controller": CONTROLLER,
+    "engine": WITHOUT_NETWORK + ENGINE,
+    "online_engine": ONLINE_ENGINE,
+    "inside": INSIDE,
+}
 shell.prefix(
     "".join(f"export {name}={shlex.quote(str(value))}; " for name, value in JOB_ENVIRONMENT.items())
     + "".join(f'{name}() {{{{ {escaped(command)} "$@"; }}}}; ' for name, command in COMMANDS.items())
