@@ -14,8 +14,8 @@ from pathlib import Path
 
 from reproval import store
 from reproval.doctor_checks import Asked, Finding, examine
-from reproval.doctor_facts import Gathered, gather
-from reproval.files import RecordError, read_record, write_record
+from reproval.doctor_facts import Gathered
+from reproval.files import RecordError, read_record
 from reproval.run_file import RunFile, every, model_key, suite_keys
 from reproval.text_table import text_table
 from reproval.words import count
@@ -83,24 +83,15 @@ def read(path: Path) -> Gathered | str:
 
 
 def main() -> None:
+    """Judge what was found, print it, and end with 1 if there is a problem."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    look = commands.add_parser("gather", help="Look around and write down what is found.")
-    look.add_argument("--role", choices=["head", "node", "engine"], required=True)
-    look.add_argument("--results", type=Path, required=True)
-    look.add_argument("--store", type=Path, required=True)
-    look.add_argument("--out", type=Path, required=True)
-    show = commands.add_parser("show", help="Judge what was found, print it, and end with 1 if there is a problem.")
-    show.add_argument("--snapshot", type=Path, required=True)
-    show.add_argument("--images", type=Path, nargs="*", default=[], help="Records of the images that jobs run in.")
-    show.add_argument("--gpu-model")
-    show.add_argument("--partition")
-    show.add_argument("--deep", action="store_true", help="Read every byte of the store.")
-    show.add_argument("facts", type=Path, nargs="+")
+    parser.add_argument("--snapshot", type=Path, required=True)
+    parser.add_argument("--images", type=Path, nargs="*", default=[], help="Records of the images that jobs run in.")
+    parser.add_argument("--gpu-model")
+    parser.add_argument("--partition")
+    parser.add_argument("--deep", action="store_true", help="Read every byte of the store.")
+    parser.add_argument("facts", type=Path, nargs="+", help="What doctor_facts.py wrote, or why it could not.")
     options = parser.parse_args()
-    if options.command == "gather":
-        write_record(options.out, gather(options.role, options.results, options.store))
-        return
     runs = list(every(options.snapshot))
     staged = look_at_store(runs, options.images, options.deep)
     gated = [run for run in runs if run.run.model.gated]

@@ -6,6 +6,7 @@ the engine's own Python, in the container if one is used (`engine`). Whatever ca
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import importlib.metadata
 import importlib.util
@@ -24,11 +25,12 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field
 
 from reproval import memory, provenance
+from reproval.files import write_record
 from reproval.records import Part, Record
 
 Role = Literal["head", "node", "engine"]
@@ -358,3 +360,16 @@ def _run(*command: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--role", choices=get_args(Role), required=True)
+    for name in ("results", "store", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    options = parser.parse_args()
+    write_record(options.out, gather(options.role, options.results, options.store))
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ rule doctor_head:
     params:
         store=STORE,
     shell:
-        "controller -m reproval.doctor gather --role head --results results --store {params.store:q} --out {output:q}"
+        "controller -m reproval.doctor_facts --role head --results results --store {params.store:q} --out {output:q}"
         " 2> {log:q}"
 
 
@@ -44,9 +44,9 @@ rule doctor_node:
     params:
         store=STORE,
     shell:
-        "controller -m reproval.doctor gather --role node --results results --store {params.store:q}"
+        "controller -m reproval.doctor_facts --role node --results results --store {params.store:q}"
         " --out {output.node:q} 2> {log:q};"
-        " inside -m reproval.doctor gather --role engine --results results --store {params.store:q}"
+        " inside -m reproval.doctor_facts --role engine --results results --store {params.store:q}"
         " --out {output.engine:q} 2>> {log:q} || tail -n 20 {log:q} > {output.engine:q}"
 
 
@@ -72,4 +72,4 @@ rule doctor:
             ]
         ),
     shell:
-        'controller -m reproval.doctor show --snapshot "$REPROVAL_SNAPSHOT" {params.asked} -- {input:q} 2> {log:q}'
+        'controller -m reproval.doctor --snapshot "$REPROVAL_SNAPSHOT" {params.asked} -- {input:q} 2> {log:q}'
