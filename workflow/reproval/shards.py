@@ -13,6 +13,7 @@ import gzip
 import json
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ JOB_S = 2 * 3600.0
 """What `shards: auto` makes a job take, by the plan's estimate and with the start of its engine."""
 CHARACTERS_PER_TOKEN = 4
 """Roughly, of English text under vocabularies of 32,000 to 256,000. Only the ratio between requests matters."""
+CONTEXT_TOKENS = 16
+"""What a context costs however short it is: a millisecond of Python, in which a GPU computes a few tokens."""
 
 
 # --- how many ------------------------------------------------------------------------------------------------------
@@ -55,22 +58,21 @@ def _by_time(plan: Plan) -> int:
 def divide(contexts: Sequence[str], tokens: Sequence[float], shards: int) -> list[int]:
     """The shard, 0 to `shards` - 1, of each request, from its context and the tokens that it needs beside the context.
 
-    Requests with equal contexts stay together. Contexts are put in order, each costs what it does not share with the
-    one before it, and the sequence is cut into `shards` pieces: so contexts that begin alike, such as those of one
-    task with the same examples, mostly meet in one engine's prefix cache. A piece costs at most the mean and the
-    largest single context. The order of the requests does not matter.
+    Requests with equal contexts stay together. Contexts are put in order, each costs what it shares with neither of its
+    neighbours, and the sequence is cut into `shards` pieces: so contexts that begin alike, such as those of one task
+    with the same examples, mostly meet in one engine's prefix cache. A piece costs at most the mean and the largest
+    single context. The order of the requests does not matter.
     """
     needs: dict[str, float] = dict.fromkeys(contexts, 0.0)
     for context, more in zip(contexts, tokens, strict=True):
         needs[context] += more
     ordered = sorted(needs)
+    shared = [0, *(common_prefix(one, other) for one, other in pairwise(ordered)), 0]
     costs = []
-    before = ""
-    for context in ordered:
-        new = (len(context) - common_prefix(before, context)) / CHARACTERS_PER_TOKEN
-        # Whole numbers, so that sums are exact; at least one, since no request is free.
-        costs.append(1 + round(new + needs[context]))
-        before = context
+    for context, before, after in zip(ordered, shared, shared[1:], strict=False):
+        own = (len(context) - max(before, after)) / CHARACTERS_PER_TOKEN
+        # Whole numbers, so that sums are exact.
+        costs.append(CONTEXT_TOKENS + round(own + needs[context]))
     total, spent = sum(costs), 0
     found = {}
     for context, cost in zip(ordered, costs, strict=True):
