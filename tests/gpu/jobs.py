@@ -41,8 +41,9 @@ def snakemake(options: argparse.Namespace, folder: Path, suites: dict[str, Any],
             "cpus": options.cpus,
         }
     config = {"models": {"model": {"path": str(options.model.resolve())}}, "suites": suites, "hardware": hardware}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config | more), encoding="utf-8")
-    command = [*shlex.split(options.snakemake), "--cores", str(options.cpus), "--configfile", "config.yaml"]
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config | more), encoding="utf-8")
+    command = [*shlex.split(options.snakemake), "--cores", str(options.cpus), "--configfile", str(path)]
     return [*command, "--directory", str(folder), "--snakefile", str(REPO / "Snakefile")]
 
 

@@ -6,7 +6,6 @@ import sys
 
 from snakemake.deployment.singularity import Singularity
 from snakemake.exceptions import WorkflowError
-from snakemake.resources import Resource
 from snakemake.settings.types import DeploymentMethod
 
 BASE = Path(workflow.basedir)
@@ -64,11 +63,12 @@ TIERS = str(folders.resolve(CONFIG.tiers, Path.cwd(), BASE))
 
 # On one machine a GPU serves one job at a time unless --resources gpu=N says that there are more. The scope is local:
 # a scheduler's queue is not held back by it.
-workflow.global_resources.setdefault("gpu", Resource("gpu", max(CONFIG.hardware.gpus, 1)))
+if "gpu" not in workflow.global_resources:
+    workflow.global_resources["gpu"] = max(CONFIG.hardware.gpus, 1)
 if CONFIG.hardware.jobs_per_gpu > 1:
     # Shares of GPUs are counted instead.
     SHARES = workflow.global_resources["gpu"].value * CONFIG.hardware.jobs_per_gpu
-    workflow.global_resources.update({name: Resource(name, SHARES) for name in ("gpu", "gpu_share")})
+    workflow.global_resources["gpu"] = workflow.global_resources["gpu_share"] = SHARES
 
 
 resource_scopes:

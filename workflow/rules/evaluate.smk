@@ -14,8 +14,8 @@ rule evaluate:
         "logs/evaluate/{run}.log",
     threads: CONFIG.hardware.cpus
     resources:
-        gpu=planned_gpus,
         **SHARED_GPU,
+        gpu=planned_gpus,
         mem_mb=planned_mem_mb,
         runtime=planned_runtime,
     shell:

@@ -44,8 +44,8 @@ rule evaluate_shard:
         shards=r"\d+",
     threads: CONFIG.hardware.cpus
     resources:
-        gpu=planned_gpus,
         **SHARED_GPU,
+        gpu=planned_gpus,
         mem_mb=planned_mem_mb,
         runtime=planned_runtime,
     shell:
