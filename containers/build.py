@@ -100,7 +100,9 @@ def make_context(engine: str, folder: Path, settings: dict[str, str]) -> None:
     for name in ("install", "install.py", "uv.txt", "build.txt", *LOCKS[engine]):
         shutil.copy(ENVS / name, folder / "envs" / name)
     for wheel in local_wheels(engine, settings):
-        shutil.copy(wheel, folder / "wheels" / wheel.name)
+        copy = Path(shutil.copy(wheel, folder / "wheels" / wheel.name))
+        # The installer notes the file's time in the environment.
+        os.utime(copy, (images.epoch(engine), images.epoch(engine)))
         print(f"taken from this machine: {wheel.name}")
 
 
@@ -143,19 +145,9 @@ def bud(tool: str, engine: str, base: str, context: Path, mounted: dict[str, Pat
         return
     build = [tool, "bud"] if tool == "buildah" else [tool, "build", "--format", "oci"]
     run([*build, "--layers", "--timestamp", str(images.epoch(engine)), *insecure, *arguments])
-    # The fastest compression: a .sif has its own, and gzip's own speed decides here.
-    run(
-        [
-            tool,
-            "push",
-            "--compression-format",
-            "gzip",
-            "--compression-level",
-            "1",
-            name,
-            f"oci-archive:{archive}:latest",
-        ]
-    )
+    # The fastest compression: a .sif has its own, and gzip's own speed decides here. Older podmans cannot be told.
+    fast = ["--compression-level", "1"] if tool == "buildah" else []
+    run([tool, "push", "--compression-format", "gzip", *fast, name, f"oci-archive:{archive}:latest"])
 
 
 def sandboxed(engine: str, base: str, context: Path, mounted: dict[str, Path], work: Path) -> Path:
