@@ -435,6 +435,11 @@ class UnitResult(Record):
     samples_sha256: Sha256
     lm_eval: dict[str, Any] = Field(description="lm-eval's own results, without samples.")
 
+    @property
+    def made_with(self) -> list[Provenance]:
+        """Of every engine that answered for it."""
+        return self.shards or [self.provenance]
+
 
 class UnitReference(Part):
     suite: str

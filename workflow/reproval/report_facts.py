@@ -12,15 +12,19 @@ from reproval import collect
 from reproval.collect import ModelData, UnitData
 from reproval.files import RecordError
 from reproval.manifests import Manifests
-from reproval.records import Attempt, DatasetSource, ModelManifest, ScoringPath
+from reproval.records import Attempt, DatasetSource, ModelManifest, Provenance, ScoringPath
 from reproval.report_content import Curve, Cut, Fit, Memory, ReportProvenance, TaskProvenance, TaskTime, Timing
 
 CURVE_POINTS = 240
 
 
 def _last(model: ModelData) -> Attempt | None:
+    """The attempt that made the scores; of several shards', the one that took the most memory."""
     attempts = model.evaluation.attempts
-    return next((a for a in reversed(attempts) if a.outcome == "finished"), attempts[-1] if attempts else None)
+    finished = [a for a in attempts if a.outcome == "finished"]
+    if model.evaluation.shards > 1 and finished:
+        return max(finished, key=lambda a: (a.gpu_peak_bytes or 0, a.host_peak_bytes))
+    return finished[-1] if finished else attempts[-1] if attempts else None
 
 
 def run_name(model: ModelData) -> str:
@@ -192,8 +196,11 @@ def _special_tokens(lm_eval: dict[str, Any]) -> str:
 
 def facts_of(unit: UnitData) -> dict[str, str]:
     """Where and with what a unit was made, by the words of the report."""
-    p, engine = unit.result.provenance, unit.result.made_of.get("engine", {})
-    box = p.container
+    return _merge(_made_with(unit, provenance) for provenance in unit.result.made_with)
+
+
+def _made_with(unit: UnitData, p: Provenance) -> dict[str, str]:
+    engine, box = unit.result.made_of.get("engine", {}), p.container
     given: dict[str, Any] = {
         "reproval": p.reproval_version,
         "Git commit": p.git_commit,
@@ -273,7 +280,7 @@ def provenance(models: Sequence[ModelData], manifests: Manifests) -> ReportProve
     tasks: dict[tuple[str, str], dict[str, Any]] = {}
     for m in models:
         for unit in m.units:
-            for name, value in unit.result.provenance.engine_arguments.items():
+            for name, value in [pair for p in unit.result.made_with for pair in p.engine_arguments.items()]:
                 had = arguments.setdefault(name, {}).setdefault(m.label, str(value))
                 if str(value) not in had.split(" / "):
                     arguments[name][m.label] = f"{had} / {value}"
