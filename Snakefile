@@ -63,6 +63,7 @@ localrules:
     stage,
     stage_model,
     stage_suite,
+    check_store,
     facts,
     plan,
     describe,

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from examples import engine_settings, run_file
 
 from reproval import engine, evaluate
-from reproval.records import ModelManifest, StoredFile
 
 # Cut from what lm-eval 0.4.13 returned for a group of two tasks.
 RESULTS = {
@@ -51,18 +48,6 @@ def test_no_secret_reaches_the_child() -> None:
     assert not {"HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY"} & set(child)
     assert child["HF_HUB_OFFLINE"] == "1"
     assert child["VLLM_BATCH_INVARIANT"] == "1"
-
-
-def test_the_store_is_checked_before_an_engine_starts(tmp_path: Path) -> None:
-    (tmp_path / "cut.safetensors").write_bytes(b"half")
-    (tmp_path / "whole.json").write_bytes(b"{}")
-    sizes = {"cut.safetensors": 8, "whole.json": 2, "gone.json": 2}
-    files = [StoredFile(path=name, size_bytes=size, sha256="0" * 64) for name, size in sizes.items()]
-    manifest = ModelManifest(model="m", source="local", folder=str(tmp_path), files=files, digest="0" * 64)
-    assert evaluate.missing_files(manifest) == [
-        f"{tmp_path}/cut.safetensors: 4 bytes, staged with 8",
-        f"{tmp_path}/gone.json: missing",
-    ]
 
 
 @pytest.mark.parametrize("name", ["gpu_memory_utilization", "kv_cache_memory_bytes"])

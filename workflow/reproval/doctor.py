@@ -16,7 +16,7 @@ from reproval import store
 from reproval.doctor_checks import Asked, Finding, examine
 from reproval.doctor_facts import Gathered
 from reproval.files import RecordError, read_record
-from reproval.run_file import RunFile, every, model_key, suite_keys
+from reproval.run_file import RunFile, every, model_key
 from reproval.text_table import text_table
 from reproval.words import count
 
@@ -35,12 +35,11 @@ class Staged:
 def look_at_store(runs: Sequence[RunFile], images: Sequence[Path], deep: bool) -> Staged:
     """Compare the store with every manifest that the runs need."""
     folder = Path(runs[0].store)
-    names = [folder / "manifests/models" / f"{model_key(run.run)}.json" for run in runs]
-    names += [folder / "manifests/suites" / f"{key}.json" for run in runs for key in suite_keys(run.run)]
-    unique = list(dict.fromkeys([*names, *images]))
-    missing = [str(path) for path in unique if not path.is_file()]
-    wrong = [line for path in unique if path.is_file() for line in store.of_manifest(path, folder, deep)]
-    return Staged(len(unique), missing, wrong)
+    every_one = [*store.manifests(runs), *images]
+    missing = [str(path) for path in every_one if not path.is_file()]
+    there = [path for path in every_one if path.is_file()]
+    wrong = [line for path in there for line in store.of_manifest(path, folder, deep, changed=True)]
+    return Staged(len(every_one), missing, wrong)
 
 
 def store_finding(staged: Staged, deep: bool) -> Finding:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from reproval import keep, memory, resources, supervise
+from reproval import keep, memory, resources, store, supervise
 from reproval.engine import ANSWERED, ChildTask, ChildUnit, ShardTask, environment
 from reproval.files import RecordError, read_record, sha256_file, sha256_json, write_record
 from reproval.gpu_claims import claimed
@@ -50,21 +50,6 @@ class EvaluateError(Exception):
 def child_environment(parent: Mapping[str, str], run: RunFile) -> dict[str, str]:
     """The child's variables: the caller's without anything that looks like a secret, and what the engine is to read."""
     return {name: value for name, value in parent.items() if not SECRET.search(name)} | environment(run)
-
-
-def missing_files(manifest: ModelManifest) -> list[str]:
-    """Files of the manifest that are absent or of another size. Content was checked when they were staged."""
-    wrong = []
-    for entry in manifest.files:
-        path = Path(manifest.folder) / entry.path
-        try:
-            size = path.stat().st_size
-        except OSError:
-            wrong.append(f"{path}: missing")
-            continue
-        if size != entry.size_bytes:
-            wrong.append(f"{path}: {size} bytes, staged with {entry.size_bytes}")
-    return wrong
 
 
 def score_levers(plan: Plan, rung: int) -> list[PulledLever]:
@@ -148,8 +133,8 @@ def _climb(job: Job, told: ProgressFile) -> Ended:
     plan, run, gpus = job.plan, job.run, job.gpus
     if not plan.fits:
         raise EvaluateError(f"{plan.model} does not fit this hardware: {plan.advice}")
-    if wrong := missing_files(job.manifest):
-        raise EvaluateError("the store is not as it was staged; run `snakemake stage` again: " + "; ".join(wrong[:5]))
+    if wrong := store.troubles(Path(job.manifest.folder), job.manifest.files):
+        raise EvaluateError(store.message(wrong))
     history = resources.read_history(job.work)
     first = resources.first_rung(plan, history)
     end = resources.end_rung(plan, first, gpus) if run.hardware.gpus else len(plan.ladder)

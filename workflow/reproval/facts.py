@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from reproval.files import read_record, write_record
 from reproval.model_facts import read_model
 from reproval.records import Facts, ModelManifest, TaskFacts
 from reproval.run_file import RunFile
+from reproval.store import message, of_manifest
 from reproval.task_facts import encoder, unit_facts
 
 
@@ -31,10 +33,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--manifest", type=Path, required=True)
+    parser.add_argument("--tasks", type=Path, nargs="+", required=True, help="Manifests of the suites.")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    facts = make_facts(read_record(options.run, RunFile), read_record(options.manifest, ModelManifest))
-    write_record(options.out, facts)
+    run = read_record(options.run, RunFile)
+    # Else transformers and datasets look for what is missing on the Hub, and say only that they are offline.
+    if wrong := [line for path in (options.manifest, *options.tasks) for line in of_manifest(path, Path(run.store))]:
+        sys.exit(f"reproval facts: {message(wrong)}")
+    write_record(options.out, make_facts(run, read_record(options.manifest, ModelManifest)))
 
 
 if __name__ == "__main__":

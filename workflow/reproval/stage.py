@@ -7,6 +7,7 @@ letting lm-eval load every task with the caches inside the store. Afterwards not
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -48,17 +49,19 @@ def stage_model(name: str, model: ModelConfig, store: Path) -> ModelManifest:
     """
     patterns = MODEL_FILES + (PYTHON_FILES if model.trust_remote_code else [])
     revision: str | None = None
-    promised: dict[str, str] = {}
+    promised: dict[str, str | None] = {}
     if model.path is not None:
         folder = Path(model.path)
     else:
         folder, revision, promised = fetch_model(name, model, store, patterns)
     files = list_files(folder, patterns)
     for entry in files:
-        if promised.get(entry.path, entry.sha256) != entry.sha256:
-            path = folder / entry.path
+        path = folder / entry.path
+        if not _is_promised(path, entry, promised.get(entry.path)):
             path.unlink()
-            raise StageError(f"{path}: differs from the Hub's SHA-256 and was removed; run `snakemake stage` again")
+            raise StageError(
+                f"{path}: is not what the Hub has (its hash differs) and was removed; run `snakemake stage` again"
+            )
     if not any(entry.path.endswith(".safetensors") for entry in files):
         raise StageError(f"models.{name}: {folder} holds no .safetensors file; convert the checkpoint to safetensors")
     return ModelManifest(
@@ -72,8 +75,10 @@ def stage_model(name: str, model: ModelConfig, store: Path) -> ModelManifest:
     )
 
 
-def fetch_model(name: str, model: ModelConfig, store: Path, patterns: list[str]) -> tuple[Path, str, dict[str, str]]:
-    """Download from the Hub; return the folder, the resolved commit, and the SHA-256 that the Hub gives by file.
+def fetch_model(
+    name: str, model: ModelConfig, store: Path, patterns: list[str]
+) -> tuple[Path, str, dict[str, str | None]]:
+    """Download from the Hub; return the folder, the resolved commit, and the hash that the Hub gives, by file.
 
     Raises StageError.
     """
@@ -94,8 +99,20 @@ def fetch_model(name: str, model: ModelConfig, store: Path, patterns: list[str])
             f"models.{name}: {model.hub} at {model.revision} could not be fetched: {_first_line(error)}; "
             "run `snakemake stage` where the network is, with HF_TOKEN set if the repository is gated"
         ) from error
-    promised = {entry.rfilename: entry.lfs.sha256 for entry in info.siblings or [] if entry.lfs is not None}
+    promised = {
+        entry.rfilename: entry.lfs.sha256 if entry.lfs is not None else entry.blob_id for entry in info.siblings or []
+    }
     return folder, info.sha, promised
+
+
+def _is_promised(path: Path, entry: StoredFile, promised: str | None) -> bool:
+    """Whether a file is the Hub's: by its SHA-256, which the Hub has of large files, or by Git's own hash of others."""
+    if promised is None:
+        return True
+    if len(promised) == 64:
+        return promised == entry.sha256
+    data = path.read_bytes()
+    return promised == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def stage_tasks(suite: str, run: RunFile) -> TaskManifest:
@@ -104,6 +121,7 @@ def stage_tasks(suite: str, run: RunFile) -> TaskManifest:
 
     units = [unit for unit in run.run.units if unit.suite == suite]
     datasets: dict[str, DatasetSource] = {}
+    cached: set[Path] = set()
     for unit in units:
         try:
             tasks = prepare(unit, run.seed)
@@ -114,6 +132,7 @@ def stage_tasks(suite: str, run: RunFile) -> TaskManifest:
             ) from error
         for name, task in tasks.items():
             datasets[name] = _dataset_source(name, task)
+            cached |= _cache_folders(task)
     folders = {unit.include_path for unit in units if unit.include_path}
     files = [
         entry
@@ -125,6 +144,7 @@ def stage_tasks(suite: str, run: RunFile) -> TaskManifest:
         suite=suite,
         datasets=sources,
         task_files=files,
+        files=_stored(cached, Path(run.store)),
         digest=sha256_json([[source.model_dump() for source in sources], digest_of(files)]),
     )
 
@@ -140,6 +160,27 @@ def _dataset_source(name: str, task: Any) -> DatasetSource:
             if url.startswith("hf://") and "@" in url:
                 revision = url.split("@", 1)[1].split("/", 1)[0]
     return DatasetSource(task=name, path=task.DATASET_PATH, name=task.DATASET_NAME, revision=revision)
+
+
+def _cache_folders(task: Any) -> set[Path]:
+    """Folders in which `datasets` keeps the tables of a task's splits, with what describes them."""
+    splits = (task.dataset or {}).values() if not callable(task.config.custom_dataset) else []
+    return {Path(part["filename"]).parent for split in splits for part in getattr(split, "cache_files", None) or []}
+
+
+def _stored(folders: set[Path], store: Path) -> list[StoredFile]:
+    """Every file of these folders, relative to the store. What lies elsewhere is not the store's to promise."""
+    root = store.resolve()
+    return [
+        StoredFile(
+            path=path.resolve().relative_to(root).as_posix(), size_bytes=path.stat().st_size, sha256=sha256_file(path)
+        )
+        for folder in sorted(folders)
+        if folder.resolve().is_relative_to(root)
+        for path in walk(folder)
+        # Made by other tasks out of the same data set.
+        if not path.name.startswith("cache-") and path.suffix != ".lock"
+    ]
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,27 +6,34 @@ Sizes tell what is missing or cut off and cost nothing. `deep` reads every byte,
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from reproval.files import RecordError, atomic, read_record, sha256_file
 from reproval.records import ImageManifest, ModelManifest, StoredFile, TaskManifest
+from reproval.run_file import RunFile, every, model_key, suite_keys
 
 SMALL_BYTES = 16 * 2**20
 """Smaller files are hashed at every look: configurations, tokenizers, indices."""
 
 
-def troubles(folder: Path, files: Iterable[StoredFile], deep: bool = False) -> list[str]:
-    """What is wrong with the files of a manifest, a sentence each that begins with the file's path."""
+def troubles(folder: Path, files: Iterable[StoredFile], deep: bool = False, since_s: float = math.inf) -> list[str]:
+    """What is wrong with the files of a manifest, a sentence each that begins with the file's path.
+
+    Small files are read, those changed after `since_s` (Unix time) too, and with `deep` all.
+    """
     wrong = []
     for entry in files:
         path = folder / entry.path
         try:
-            size = path.stat().st_size
-            if size != entry.size_bytes:
-                wrong.append(f"{path}: has {size:,} bytes, and was staged with {entry.size_bytes:,}")
-            elif (deep or size < SMALL_BYTES) and sha256_file(path) != entry.sha256:
+            found = path.stat()
+            if found.st_size != entry.size_bytes:
+                wrong.append(f"{path}: has {found.st_size:,} bytes, and was staged with {entry.size_bytes:,}")
+                continue
+            read = deep or found.st_size < SMALL_BYTES or found.st_mtime > since_s
+            if read and sha256_file(path) != entry.sha256:
                 wrong.append(f"{path}: its content is not what was staged (SHA-256 differs)")
         except FileNotFoundError:
             wrong.append(f"{path}: missing")
@@ -35,22 +42,34 @@ def troubles(folder: Path, files: Iterable[StoredFile], deep: bool = False) -> l
     return wrong
 
 
-def of_manifest(path: Path, store: Path, deep: bool = False) -> list[str]:
-    """What is wrong with the files of the manifest at `path`, or with the manifest itself."""
+def of_manifest(path: Path, store: Path, deep: bool = False, changed: bool = False) -> list[str]:
+    """What is wrong with the files of the manifest at `path`, or with the manifest itself.
+
+    With `changed`, files that are younger than their manifest are read whatever their size.
+    """
     if not path.is_file():
         return [f"{path}: missing, so nothing of it was staged"]
+    since = path.stat().st_mtime if changed else math.inf
     try:
         if path.parent.name == "models":
             model = read_record(path, ModelManifest)
-            return troubles(Path(model.folder), model.files, deep)
+            return troubles(Path(model.folder), model.files, deep, since)
         if path.parent.name == "suites":
-            return troubles(store, read_record(path, TaskManifest).files, deep)
+            return troubles(store, read_record(path, TaskManifest).files, deep, since)
         image = read_record(path, ImageManifest)
     except RecordError as error:
         return [str(error)]
     sif = path.parent / image.sif
     entry = StoredFile(path=sif.name, size_bytes=image.sif_bytes, sha256=image.sif_sha256)
-    return troubles(sif.parent, [entry], deep)
+    return troubles(sif.parent, [entry], deep, since)
+
+
+def manifests(runs: Sequence[RunFile]) -> list[Path]:
+    """Manifests of the models and suites of these runs, each once."""
+    folder = Path(runs[0].store) / "manifests"
+    models = [folder / "models" / f"{model_key(run.run)}.json" for run in runs]
+    suites = [folder / "suites" / f"{key}.json" for run in runs for key in suite_keys(run.run)]
+    return list(dict.fromkeys([*models, *suites]))
 
 
 MEND = (
@@ -66,17 +85,29 @@ def message(wrong: list[str], most: int = 10) -> str:
 
 
 def main() -> None:
-    """Check manifests, and note in a file that all is there. Ends with 1 and everything that is wrong otherwise."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--store", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("manifests", type=Path, nargs="+")
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("check", help="Check these manifests, and note in a file that all is there.")
+    one.add_argument("--store", type=Path, required=True)
+    one.add_argument("--out", type=Path, required=True)
+    one.add_argument("manifests", type=Path, nargs="+")
+    every_one = commands.add_parser("show", help="Check what a configuration needs, and what was changed since.")
+    every_one.add_argument("--snapshot", type=Path, required=True)
+    every_one.add_argument("--images", type=Path, nargs="*", default=[])
     options = parser.parse_args()
-    wrong = [line for path in options.manifests for line in of_manifest(path, options.store)]
-    if wrong:
+    if options.command == "check":
+        names, folder = options.manifests, options.store
+    else:
+        runs = list(every(options.snapshot))
+        names, folder = [*manifests(runs), *options.images], Path(runs[0].store)
+    changed = options.command == "show"
+    if wrong := [line for path in names for line in of_manifest(path, folder, changed=changed)]:
         sys.exit(f"reproval store: {message(wrong)}")
-    with atomic(options.out) as stream:
-        stream.write("complete\n")
+    if options.command == "check":
+        with atomic(options.out) as stream:
+            stream.write("complete\n")
+    else:
+        print(f"The store {folder} is complete: {len(names):,} manifests, in {folder / 'manifests'}.")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ rule evaluate:
         run="results/runs/{run}/run.json",
         facts="results/runs/{run}/facts.json",
         plan="results/runs/{run}/plan.json",
+        store="results/runs/{run}/store-checked",
     output:
         evaluation="results/runs/{run}/evaluation.json",
         memory="results/runs/{run}/memory.parquet",

@@ -33,6 +33,7 @@ rule evaluate_shard:
         run="results/runs/{run}/run.json",
         facts="results/runs/{run}/facts.json",
         plan="results/runs/{run}/plan.json",
+        store="results/runs/{run}/store-checked",
     output:
         result="results/runs/{run}/shards/{shard}-of-{shards}.json",
         answers="results/runs/{run}/shards/{shard}-of-{shards}.answers.jsonl.gz",

@@ -2,9 +2,37 @@
 
 
 rule stage:
+    # No output: it looks at the store whenever it is asked for.
     input:
         MANIFESTS,
         IMAGE_RECORD.values(),
+    log:
+        "logs/stage/store.log",
+    container:
+        None
+    params:
+        images=lambda wildcards: " ".join(
+            ["--images", *map(shlex.quote, IMAGE_RECORD.values())] if IMAGE_RECORD else []
+        ),
+    shell:
+        'controller -m reproval.store show --snapshot "$REPROVAL_SNAPSHOT" {params.images} 2>&1 | tee {log:q}'
+
+
+rule check_store:
+    # Where Snakemake was started, before a job that asks for a GPU is queued. The note that all is there goes with that
+    # job, so that the next one is preceded by a new look.
+    input:
+        unpack(manifests),
+    output:
+        temp("results/runs/{run}/store-checked"),
+    log:
+        "logs/stage/check-{run}.log",
+    container:
+        None
+    params:
+        store=STORE,
+    shell:
+        "controller -m reproval.store check --store {params.store:q} --out {output:q} {input:q} 2>&1 | tee {log:q}"
 
 
 rule describe:
