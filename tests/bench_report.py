@@ -1,66 +1,66 @@
-"""How long collect and report take for many scores: `python tests/bench_report.py [SCORES] [FOLDER]`.
+"""How long the tables and the report of many scores take: `python tests/bench_report.py [SCORES] [FOLDER]`.
 
-Twenty models on groups of subtasks, every subtask with its samples. The times are printed, and compared with nothing.
+Twenty models on groups of subtasks, every subtask with its samples, by the two commands that the workflow runs. The
+times are printed, and compared with nothing. In FOLDER what is measured is kept, and measured again the next time.
 """
 
 from __future__ import annotations
 
+import os
 import resource
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parent / "unit"))
+import pyarrow.parquet as pq
+
+TESTS = Path(__file__).resolve().parent
+sys.path.append(str(TESTS / "unit"))
 
 import synthetic
-
-from reproval import collect, report, report_html, report_markdown
 
 MODELS = 20
 SUBTASKS = 83  # with the group and two metrics each: 168 scores a group
 DOCUMENTS = 20
+WRITTEN = ("scores.csv", "scores.parquet", "report.json", "report.md", "report.html")
 
 
-@contextmanager
-def timed(what: str) -> Iterator[None]:
-    begin = time.perf_counter()
-    yield
-    print(f"{what:32} {time.perf_counter() - begin:7.2f} s", flush=True)
+def write(root: Path, scores: int) -> None:
+    groups = -(-scores // (MODELS * 2 * (SUBTASKS + 1)))
+    models = [synthetic.Model(f"model-{i:02d}", 0.45 + 0.02 * i) for i in range(MODELS)]
+    tasks = [synthetic.Task(f"group{i:02d}", "group", DOCUMENTS, SUBTASKS) for i in range(groups)]
+    synthetic.write_project(root, models, tasks)
+
+
+def run(root: Path, module: str, **files: str) -> float:
+    """One stage as its rule runs it: seconds, printed with those of the processor and the highest memory."""
+    evaluations = sorted(str(path) for path in (root / "results/runs").glob("*/evaluation.json"))
+    outputs = [text for name, file in files.items() for text in (f"--{name}", str(root / file))]
+    command = [sys.executable, "-m", module, "--results", str(root / "results"), *outputs, "--evaluations", *evaluations]
+    environment = os.environ | {"PYTHONPATH": str(TESTS.parent / "workflow")}
+    before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+    wall, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"{module:20} {wall:6.1f} s, of all cores {busy:6.1f} s, at most {after.ru_maxrss / 1024:5.0f} MiB", flush=True)
+    return wall
 
 
 def main() -> None:
     scores = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
-    groups = -(-scores // (MODELS * 2 * (SUBTASKS + 1)))
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(temporary)
-        models = [synthetic.Model(f"model-{i:02d}", 0.45 + 0.02 * i) for i in range(MODELS)]
-        tasks = [synthetic.Task(f"group{i:02d}", "group", DOCUMENTS, SUBTASKS) for i in range(groups)]
-        with timed("(writing what is measured)"):
-            project = synthetic.write_project(root, models, tasks)
-        begin = time.perf_counter()
-        with timed("read records and samples"):
-            loaded = collect.load(project.results, project.evaluations)
-        with timed("intervals"):
-            table = collect.rows(loaded)
-        with timed("scores.csv and scores.parquet"):
-            collect.write_table(table, root / "scores.csv", root / "scores.parquet")
-        with timed("comparisons and content"):
-            built = report.build(loaded)
-        with timed("report.json"):
-            (root / "report.json").write_text(built.model_dump_json(), encoding="utf-8")
-        with timed("report.md"):
-            (root / "report.md").write_text(report_markdown.render(built), encoding="utf-8")
-        with timed("report.html"):
-            (root / "report.html").write_text(report_html.render(built), encoding="utf-8")
-        print(f"{'all of it':32} {time.perf_counter() - begin:7.2f} s")
-        samples = sum(s.documents.size for m in loaded for u in m.units for s in u.samples.values())
-        print(f"{len(table):,} scores of {samples:,} samples, {len(built.comparisons):,} comparisons")
-        for name in ("scores.csv", "scores.parquet", "report.json", "report.md", "report.html"):
-            print(f"{name:32} {(root / name).stat().st_size / 1e6:7.2f} MB")
-        print(f"{'highest resident memory':32} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:7.0f} MiB")
+        if not (root / "results").exists():
+            write(root, scores)
+        wall = run(root, "reproval.collect", csv="scores.csv", parquet="scores.parquet")
+        wall += run(root, "reproval.report", json="report.json", markdown="report.md", html="report.html")
+        count = pq.read_metadata(root / "scores.parquet").num_rows
+        samples = sum(path.stat().st_size for path in root.rglob("samples.jsonl.gz")) / 1e6
+        print(f"{'together':20} {wall:6.1f} s for {count:,} scores, {samples:.0f} MB of samples")
+        for name in WRITTEN:
+            print(f"{name:20} {(root / name).stat().st_size / 1e6:6.1f} MB")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import gzip
 import json
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import synthetic
@@ -116,25 +115,6 @@ def test_a_score_that_is_no_mean_of_its_samples_falls_back_on_its_standard_error
     assert collect.score_interval(score.model_copy(update={"stderr": None}), unit) is None
 
 
-def test_equal_documents_of_one_task_are_told_apart() -> None:
-    line = {"/": (0, "ab" * 32, "cd" * 32), "acc": 1.0}
-    columns = collect._columns([line, {**line, "/": (1, "ab" * 32, "cd" * 32)}])
-    assert np.unique(columns.documents).size == 2
-
-
-def test_samples_in_many_processes_are_the_samples_in_one(
-    project: synthetic.Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = collect.load(project.results, project.evaluations)
-    monkeypatch.setattr(collect, "PARALLEL_FROM_BYTES", 0)
-    many = collect.load(project.results, project.evaluations)
-    for a, b in zip(one, many, strict=True):
-        for x, y in zip(a.units, b.units, strict=True):
-            assert x.samples.keys() == y.samples.keys()
-            for key in x.samples:
-                assert np.array_equal(x.samples[key].documents, y.samples[key].documents)
-
-
 @pytest.mark.parametrize("damage", ["missing", "cut off", "other", "not samples"])
 def test_damaged_samples_are_named_and_nothing_is_written(
     damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -168,10 +148,3 @@ def test_results_of_another_run_are_refused(tmp_path: Path) -> None:
     write_record(project.evaluations[0], evaluation.model_copy(update={"units": [other]}))
     with pytest.raises(RecordError, match=r"result.json: key: expected 0000"):
         collect.load(project.results, project.evaluations)
-
-
-def test_the_order_of_the_lines_does_not_matter() -> None:
-    lines = [{"/": (i, hashed * 32, "cd" * 32), "acc": float(i)} for i, hashed in enumerate(["ab", "ef", "ab"])]
-    forward, backward = collect._columns(lines[:]), collect._columns(lines[::-1])
-    assert np.array_equal(forward.documents, backward.documents)
-    assert np.array_equal(forward.values["acc"], backward.values["acc"])

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import argparse
 import csv
-import gzip
 import json
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,32 +21,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from reproval import statistics
-from reproval.files import RecordError, atomic, read_record, sha256_file
+from reproval.files import RecordError, atomic, read_record
 from reproval.records import Evaluation, Facts, Score, UnitReference, UnitResult
+from reproval.samples import SampleKey, TaskSamples, read_all
 from reproval.statistics import Floats, Interval
-
-# Reading samples is JSON parsing. Below this many bytes of them, starting processes costs more than it saves.
-PARALLEL_FROM_BYTES = 4_000_000
-
-
-@dataclass(frozen=True)
-class TaskSamples:
-    """What one leaf task with one filter left for every document, ordered by `documents` so that two models' align.
-
-    `documents` and `prompts` are the first 64 bits of lm-eval's hashes. `values` holds plain numbers by metric, NaN
-    where a document has none; `weighted` holds (log-likelihood, weight) by metric, as rolling tasks log them.
-    """
-
-    documents: NDArray[np.uint64]
-    prompts: NDArray[np.uint64]
-    values: dict[str, Floats]
-    weighted: dict[str, tuple[Floats, Floats]]
-
-
-SampleKey = tuple[str, str]  # task, filter
 
 
 @dataclass(frozen=True)
@@ -110,59 +87,6 @@ class ModelData:
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def _short(hashed: str) -> int:
-    return int(hashed[:16], 16)
-
-
-def read_samples(path: Path, sha256: str) -> dict[SampleKey, TaskSamples]:
-    """Per-document scores by (task, filter) from samples.jsonl.gz, whose SHA-256 the unit's record names.
-
-    Raises RecordError for a file that is missing, another one, or without lm-eval's hashes.
-    """
-    lines: dict[SampleKey, list[dict[str, Any]]] = {}
-    mend = "Delete the folder that holds it and evaluate again"
-    try:
-        if (found := sha256_file(path)) != sha256:
-            raise RecordError(f"{path}: SHA-256: expected {sha256} as result.json says, found {found}. {mend}")
-        with gzip.open(path, "rb") as stream:
-            for raw in stream:
-                line = json.loads(raw)
-                kept = {name: line.get(name) for name in line["metrics"]}
-                kept["/"] = (line["doc_id"], line["doc_hash"], line["prompt_hash"])
-                lines.setdefault((line["task"], line["filter"]), []).append(kept)
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        kind = type(error).__name__
-        raise RecordError(f"{path}: not readable as lm-eval samples ({kind}: {error}). {mend}") from error
-    return {key: _columns(rows) for key, rows in lines.items()}
-
-
-def _columns(rows: list[dict[str, Any]]) -> TaskSamples:
-    rows.sort(key=lambda row: row["/"][0])
-    seen: Counter[str] = Counter()
-    documents = []
-    for row in rows:
-        # Equal documents in one task are told apart by which occurrence they are.
-        documents.append((_short(row["/"][1]) + seen[row["/"][1]]) % 2**64)
-        seen[row["/"][1]] += 1
-    order = np.argsort(np.array(documents, dtype=np.uint64), kind="stable")
-    values: dict[str, Floats] = {}
-    weighted: dict[str, tuple[Floats, Floats]] = {}
-    for metric in dict.fromkeys(name for row in rows for name in row if name != "/"):
-        column = [row.get(metric) for row in rows]
-        given = [v for v in column if v is not None]
-        if all(isinstance(v, int | float) for v in given):
-            values[metric] = np.array([np.nan if v is None else float(v) for v in column], dtype=np.float64)[order]
-        elif all(isinstance(v, list) and len(v) == 2 and all(isinstance(x, int | float) for x in v) for v in given):
-            pairs = np.array([(np.nan, np.nan) if v is None else v for v in column], dtype=np.float64)[order]
-            weighted[metric] = (pairs[:, 0], pairs[:, 1])
-    return TaskSamples(
-        np.array(documents, dtype=np.uint64)[order],
-        np.array([_short(row["/"][2]) for row in rows], dtype=np.uint64)[order],
-        values,
-        weighted,
-    )
-
-
 def load(results: Path, evaluations: Sequence[Path]) -> list[ModelData]:
     """Read evaluations with their units, samples, and the facts beside them, in the order given. Raises RecordError."""
     records = [(path, read_record(path, Evaluation)) for path in evaluations]
@@ -185,7 +109,7 @@ def load(results: Path, evaluations: Sequence[Path]) -> list[ModelData]:
             units.append((reference, result))
             wanted.append((folder / "samples.jsonl.gz", result.samples_sha256))
         loaded.append(units)
-    samples = iter(_read_all(wanted))
+    samples = iter(read_all(wanted))
     return [
         ModelData(
             label=record.model if counts[record.model] == 1 else first,
@@ -196,15 +120,6 @@ def load(results: Path, evaluations: Sequence[Path]) -> list[ModelData]:
         )
         for (path, record), first, units in zip(records, firsts, loaded, strict=True)
     ]
-
-
-def _read_all(wanted: list[tuple[Path, str]]) -> list[dict[SampleKey, TaskSamples]]:
-    size = sum(path.stat().st_size for path, _ in wanted if path.exists())
-    workers = min(len(os.sched_getaffinity(0)), len(wanted))
-    if workers < 2 or size < PARALLEL_FROM_BYTES:
-        return [read_samples(path, sha256) for path, sha256 in wanted]
-    with ProcessPoolExecutor(workers) as pool:
-        return list(pool.map(read_samples, *zip(*wanted, strict=True), chunksize=max(1, len(wanted) // (8 * workers))))
 
 
 # --- intervals -----------------------------------------------------------------------------------------------------

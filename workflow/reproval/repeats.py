@@ -15,8 +15,9 @@ from dataclasses import replace
 import numpy as np
 
 from reproval import statistics
-from reproval.collect import ModelData, Noise, SampleKey, TaskSamples, UnitData, finite, is_mean
+from reproval.collect import ModelData, Noise, UnitData, finite, is_mean
 from reproval.records import Score
+from reproval.samples import SampleKey, TaskSamples
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 

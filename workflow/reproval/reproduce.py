@@ -27,12 +27,13 @@ from pydantic import Field
 from reproval import bundle, statistics, verdict
 from reproval import reference as references
 from reproval.bundle import BundleError
-from reproval.collect import ModelData, TaskSamples, UnitData, is_mean, load, package_version, prompts_cut
+from reproval.collect import ModelData, UnitData, is_mean, load, package_version, prompts_cut
 from reproval.files import RecordError, atomic, read_record, write_record
 from reproval.problems import ConfigError
 from reproval.records import Part, Record, Score
 from reproval.reference import Margin, PublishedScore, Reference
 from reproval.run_file import RunFile
+from reproval.samples import TaskSamples
 from reproval.statistics import Floats, Scale
 from reproval.verdict import ALPHA, Evidence, Verdict
 
