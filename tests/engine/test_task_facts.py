@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -110,6 +112,16 @@ def test_the_hash_of_a_task_follows_its_prompts_and_nothing_else() -> None:
 
     assert hash_of() == hash_of()
     assert len({hash_of(), hash_of(num_fewshot=1), hash_of(limit=3), hash_of(apply_chat_template=True)}) == 4
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_chat_template_is_named_by_its_hash_where_it_is_applied(asked: bool) -> None:
+    entry = unit("demo_opposites", limit=2, apply_chat_template=asked)
+    run = SimpleNamespace(seed=None)  # all that is read of a run
+    model = encoder(str(MODEL), False)
+    results, _ = engine.scored_by_lm_eval(model, entry, run)
+    template = model.tokenizer.chat_template.encode()
+    assert results.get("chat_template_sha") == (hashlib.sha256(template).hexdigest() if asked else None)
 
 
 def test_an_unknown_task_is_refused_with_the_nearest_name() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import Field
 
 from reproval import keep, provenance
-from reproval.files import atomic, read_record, sha256_file, sha256_json, write_record
+from reproval.files import atomic, read_record, sha256_bytes, sha256_file, sha256_json, write_record
 from reproval.records import (
     EngineSettings,
     Part,
@@ -210,7 +210,11 @@ def scored_by_lm_eval(model: Any, unit: Unit, run: RunFile) -> tuple[dict[str, A
     # Of lm-eval's own environment dump only what is not the machine's business stays.
     for private in ("pretty_env_info", "upper_git_hash", "git_hash", "config"):
         results.pop(private, None)
-    return json.loads(json.dumps(results, default=handle_non_serializable)), samples
+    plain = json.loads(json.dumps(results, default=handle_non_serializable))
+    if settings.apply_chat_template and (template := model.chat_template(settings.apply_chat_template)):
+        # As lm-eval's own tracker names it, which is not asked here.
+        plain["chat_template_sha"] = sha256_bytes(template.encode())
+    return plain, samples
 
 
 def keep_unit(
