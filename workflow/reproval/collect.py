@@ -327,13 +327,13 @@ def rows(models: Iterable[ModelData]) -> list[dict[str, Any]]:
 
 def write_table(table: Sequence[dict[str, Any]], csv_path: Path, parquet_path: Path) -> None:
     """Write the same rows as CSV (empty field: not known) and Parquet, each atomically."""
-    arrow = pa.Table.from_pylist(list(table), schema=SCHEMA)
+    columns = {name: [row[name] for row in table] for name in SCHEMA.names}
     with atomic(parquet_path, "wb") as stream:
-        pq.write_table(arrow, stream, compression="zstd")
+        pq.write_table(pa.table(columns, schema=SCHEMA), stream, compression="zstd")
     with atomic(csv_path) as stream:
-        writer = csv.DictWriter(stream, SCHEMA.names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: row[name] for name in SCHEMA.names} for row in table)
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(SCHEMA.names)
+        writer.writerows(zip(*columns.values(), strict=True))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

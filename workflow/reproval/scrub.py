@@ -10,6 +10,7 @@ from typing import Any
 
 SECRET = "[secret removed]"
 OUTSIDE = "[path outside the project]"
+NUMBERS = (float, int, bool, type(None))
 
 # Tokens by the shapes that their issuers document, and passwords inside URLs.
 _TOKENS = re.compile(
@@ -59,14 +60,16 @@ def scrub(value: Any, project: Path, env: Mapping[str, str] = os.environ) -> tup
         return _PATH.sub(path, _TOKENS.sub(token, given))
 
     def walk(item: Any) -> Any:
-        if isinstance(item, str):
+        kind = type(item)
+        if kind is str:
             if item not in seen:
                 seen[item] = text(item)
             return seen[item]
-        if isinstance(item, list):
-            return [walk(x) for x in item]
-        if isinstance(item, dict):
-            return {walk(k): walk(v) for k, v in item.items()}
+        if kind is list:
+            # Most of a report is a table of numbers.
+            return [x if type(x) in NUMBERS else walk(x) for x in item]
+        if kind is dict:
+            return {walk(k): x if type(x) in NUMBERS else walk(x) for k, x in item.items()}
         return item
 
     return walk(value), removed

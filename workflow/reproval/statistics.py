@@ -50,6 +50,17 @@ class Comparison:
     detectable: float | None = None
 
 
+# scipy takes a tenth of a millisecond for each, and a report asks for the same few ten thousand times.
+@cache
+def normal_quantile(p: float) -> float:
+    return float(stats.norm.ppf(p))
+
+
+@cache
+def student_quantile(p: float, freedom: int) -> float:
+    return float(stats.t.ppf(p, freedom))
+
+
 def is_binary(values: Floats) -> bool:
     return bool(np.all((values == 0) | (values == 1)))
 
@@ -72,7 +83,7 @@ def wilson(successes: float, n: float, level: float = LEVEL, method: str = "Wils
 
 def normal(value: float, stderr: float, level: float = LEVEL) -> Interval:
     """value ± z·stderr: the only interval left when nothing but a value and its standard error is known."""
-    z = float(stats.norm.ppf((1 + level) / 2))
+    z = normal_quantile((1 + level) / 2)
     return Interval(value - z * stderr, value + z * stderr, "normal")
 
 
@@ -92,7 +103,7 @@ def mean_interval(values: Floats, level: float = LEVEL) -> Interval | None:
     bounded = bool(values.min() >= 0 and values.max() <= 1)
     spread = float(values.std(ddof=1)) if n > 1 else 0.0
     if spread > 0:
-        half = float(stats.t.ppf((1 + level) / 2, n - 1)) * spread / math.sqrt(n)
+        half = student_quantile((1 + level) / 2, n - 1) * spread / math.sqrt(n)
         if not bounded or (mean - half >= 0 and mean + half <= 1):
             return Interval(mean - half, mean + half, "Student t")
     return wilson(mean * n, n, level, "Wilson, bounded mean") if bounded else None
@@ -127,7 +138,7 @@ def log_likelihood_interval(
     if numerators.size < 2 or weights.sum() <= 0:
         return None
     ratio = float(numerators.sum() / weights.sum())
-    half = float(stats.t.ppf((1 + level) / 2, numerators.size - 1)) * ratio_stderr(numerators, weights)
+    half = student_quantile((1 + level) / 2, numerators.size - 1) * ratio_stderr(numerators, weights)
     if -ratio < 700 and math.isclose(value, math.exp(-ratio), rel_tol=1e-6):
         low, high = math.exp(-ratio - half), math.exp(min(-ratio + half, 700))
         return Interval(low, high, "Student t, log scale"), "ratio"
@@ -163,7 +174,7 @@ def detectable_proportion(n: int, discordance: float, alpha: float, power: float
     Solves n = (z_(1-alpha/2) sqrt(psi) + z_power sqrt(psi - d²))² / d² for d, psi being the share of questions answered
     differently (Connor 1987), and at least d. None if even a difference of 1 would be missed.
     """
-    za, zb = float(stats.norm.ppf(1 - alpha / 2)), float(stats.norm.ppf(power))
+    za, zb = normal_quantile(1 - alpha / 2), normal_quantile(power)
 
     def short(d: float) -> float:
         psi = max(discordance, d)
@@ -202,7 +213,7 @@ def compare_binary(a: Floats, b: Floats, alpha: float = 1 - LEVEL) -> Comparison
     table = [[both, only_a], [only_b, n - both - only_a - only_b]]
     p_value = float(mcnemar(table, exact=True).pvalue) if only_a + only_b else 1.0
     pa, pb = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
-    half = float(stats.norm.ppf((1 + LEVEL) / 2)) * math.sqrt((pa + pb - (pa - pb) ** 2) / (n + 2))
+    half = normal_quantile((1 + LEVEL) / 2) * math.sqrt((pa + pb - (pa - pb) ** 2) / (n + 2))
     # An agreement of all questions does not mean that no disagreement exists: psi is taken from the adjusted counts.
     detectable = detectable_proportion(n, min(pa + pb, 1.0), alpha)
     return Comparison(
@@ -231,7 +242,7 @@ def compare_means(a: Floats, b: Floats, alpha: float = 1 - LEVEL) -> Comparison 
         # Equal everywhere: nothing to test. The same step everywhere: only the permutation test has a distribution.
         p_value = 1.0 if mean == 0 else min(1.0, 2.0 ** (1 - n))
         return Comparison(n, mean, None, None, p_value, "paired permutation")
-    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * spread / math.sqrt(n)
+    half = student_quantile((1 + LEVEL) / 2, n - 1) * spread / math.sqrt(n)
     if small:
         test = stats.permutation_test(
             (d,), np.mean, permutation_type="samples", n_resamples=9999, vectorized=True, rng=0
@@ -255,7 +266,7 @@ def compare_log_likelihoods(
     if n < 2:
         return None
     r, se = float(d.sum() / weights.sum()), ratio_stderr(d, weights)
-    t = float(stats.t.ppf((1 + LEVEL) / 2, n - 1))
+    t = student_quantile((1 + LEVEL) / 2, n - 1)
     p_value = 1.0 if se == 0 and r == 0 else float(2 * stats.t.sf(abs(r) / se, n - 1)) if se > 0 else 0.0
     spread = se * math.sqrt(n)
     detectable = detectable_mean(n, spread, alpha)
@@ -290,8 +301,8 @@ def compare_strata(
     n = sum(sizes)
     if se == 0:
         return Comparison(n, effect, None, None, 1.0 if effect == 0 else 0.0, "stratified")
-    z = float(stats.norm.ppf((1 + LEVEL) / 2))
-    reach = float(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(POWER))
+    z = normal_quantile((1 + LEVEL) / 2)
+    reach = normal_quantile(1 - alpha / 2) + normal_quantile(POWER)
     return Comparison(
         n, effect, effect - z * se, effect + z * se, float(2 * stats.norm.sf(abs(effect) / se)), "stratified",
         detectable=reach * se,
