@@ -55,7 +55,7 @@ def planned(options: argparse.Namespace, folder: Path, suites: dict[str, Any], *
 
 
 def job(
-    options: argparse.Namespace, run: Path, into: Path, change: Callable[[dict[str, Any]], None]
+    options: argparse.Namespace, run: Path, into: Path, change: Callable[[dict[str, Any]], None], gpus: int = 1
 ) -> subprocess.Popen[str]:
     """Start the evaluation job of a planned run, on its plan as `change` leaves it and with its results in `into`."""
     into.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def job(
         "trace": into / "memory.parquet",
     }
     command = [str(REPO / "envs/python"), "cpu" if options.cpu else "gpu", "-m", "reproval.evaluate"]
-    command += ["--gpus", "0" if options.cpu else "1"]
+    command += ["--gpus", "0" if options.cpu else str(gpus)]
     command += [part for key, path in paths.items() for part in (f"--{key}", str(path))]
     return subprocess.Popen(
         command,
