@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-TESTS = Path(__file__).resolve().parent
-sys.path.append(str(TESTS / "unit"))
+sys.path.append(str(Path(__file__).resolve().parent / "unit"))
 
 import synthetic
 
+WORKFLOW = Path(__file__).resolve().parents[1] / "workflow"
 MODELS = 20
 SUBTASKS = 83  # with the group and two metrics each: 168 scores a group
 DOCUMENTS = 20
@@ -38,13 +38,15 @@ def run(root: Path, module: str, **files: str) -> float:
     """One stage as its rule runs it: seconds, printed with those of the processor and the highest memory."""
     evaluations = sorted(str(path) for path in (root / "results/runs").glob("*/evaluation.json"))
     outputs = [text for name, file in files.items() for text in (f"--{name}", str(root / file))]
-    command = [sys.executable, "-m", module, "--results", str(root / "results"), *outputs, "--evaluations", *evaluations]
-    environment = os.environ | {"PYTHONPATH": str(TESTS.parent / "workflow")}
+    inputs = ["--results", str(root / "results"), "--evaluations", *evaluations]
+    command = [sys.executable, "-m", module, *outputs, *inputs]
+    environment = os.environ | {"PYTHONPATH": str(WORKFLOW)}
     before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
     wall, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
     busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    print(f"{module:20} {wall:6.1f} s, of all cores {busy:6.1f} s, at most {after.ru_maxrss / 1024:5.0f} MiB", flush=True)
+    memory = after.ru_maxrss / 1024
+    print(f"{module:20} {wall:6.1f} s, of all cores {busy:6.1f} s, at most {memory:5.0f} MiB", flush=True)
     return wall
 
 

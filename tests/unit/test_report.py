@@ -22,7 +22,8 @@ from reproval import (
     templates,
     words,
 )
-from reproval.records import ScoringPath
+from reproval.files import write_record
+from reproval.records import DatasetSource, ModelManifest, ScoringPath, StoredFile, TaskManifest
 from reproval.report_content import Report
 
 TASKS = (*synthetic.DEMO_TASKS, synthetic.Task("mmlu", "group", 60, 5, shots=5))
@@ -177,6 +178,35 @@ def test_the_json_is_the_content(project: synthetic.Project, built: Report, tmp_
     arguments = ["--results", str(project.results), "--json", str(out), "--evaluations"]
     assert report.main([*arguments, *map(str, project.evaluations)]) == 0
     assert Report.model_validate(json.loads(out.read_text(encoding="utf-8"))) == built
+
+
+def test_what_was_staged_is_in_the_provenance(project: synthetic.Project, tmp_path: Path) -> None:
+    commit, weights, tokenizer = "5" * 40, "1" * 64, "2" * 64
+    files = [
+        StoredFile(path="model.safetensors", size_bytes=8, sha256=weights),
+        StoredFile(path="tokenizer.json", size_bytes=8, sha256=tokenizer),
+    ]
+    staged = {
+        "models/weak.json": ModelManifest(
+            model="weak", source="hub", hub_id="maker/weak", revision=commit, folder="m", files=files, digest="3" * 64
+        ),
+        "suites/demo.json": TaskManifest(
+            suite="demo", datasets=[DatasetSource(task="capitals", path="geo/capitals", name="all", revision=commit)],
+            task_files=[], digest="4" * 64,
+        ),
+    }  # fmt: skip
+    for name, manifest in staged.items():
+        write_record(tmp_path / name, manifest)
+    out = tmp_path / "report.json"
+    arguments = ["--results", str(project.results), "--json", str(out), "--evaluations"]
+    manifests = ["--manifests", *(str(tmp_path / name) for name in staged)]
+    assert report.main([*arguments, *map(str, project.evaluations), *manifests]) == 0
+    told = Report.model_validate_json(out.read_text(encoding="utf-8")).provenance
+    assert told.files == {"weak": {"model.safetensors": weights, "tokenizer.json": tokenizer}}
+    assert told.by_model["weak"]["model commit"] == commit
+    assert told.by_model["weak"]["model source"] == "maker/weak"
+    assert told.by_model["weak"]["tokenizer SHA-256"] == f"{tokenizer} (tokenizer.json)"
+    assert [t.dataset for t in told.tasks if t.task == "capitals"] == [f"geo/capitals, all @ {commit}"]
 
 
 def test_every_method_that_the_code_can_name_is_explained() -> None:

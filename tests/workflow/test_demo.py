@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import BASE, Snakemake, command, environment
 
-from reproval.files import read_record
+from reproval.files import read_record, sha256_file
 from reproval.records import Evaluation, UnitResult
 
 CONFIG = str(BASE / "config/demo/config.yaml")
@@ -36,7 +36,7 @@ def done(project: Path, snakemake: Snakemake) -> Path:
     assert engines() == []
     finished = snakemake(project, "--configfile", CONFIG)
     assert finished.returncode == 0, finished.stdout
-    assert f"Report: {project.resolve()}/results/report.html" in finished.stdout
+    assert finished.stdout.count(f"Report: {project.resolve()}/results/report.html") == 1
     return project
 
 
@@ -98,6 +98,14 @@ def test_one_engine_start_serves_all_tasks_of_a_model(done: Path) -> None:
         assert [unit.task for unit in evaluation.units] == TASKS
         phases = [phase.phase for phase in evaluation.attempts[-1].phases]
         assert phases.count("weights") == 1
+
+
+def test_the_report_names_every_file_of_the_models_by_its_hash(done: Path, demo_model: Path) -> None:
+    told = json.loads((done / "results/report.json").read_text(encoding="utf-8"))["provenance"]
+    for model in DTYPES:
+        for name in ("model.safetensors", "config.json", "tokenizer.json"):
+            assert told["files"][model][name] == sha256_file(demo_model / name)
+    assert told["common"]["tokenizer SHA-256"].startswith(sha256_file(demo_model / "tokenizer.json"))
 
 
 @pytest.mark.parametrize("model", DTYPES)

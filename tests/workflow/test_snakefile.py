@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import Snakemake, copy_checkout
 
-TARGETS = ["all", "plan", "facts", "stage", "report"]
+TARGETS = ["all", "plan", "facts", "stage", "report", "export"]
 CONFIG = """
 models:
   tiny: {path: model}
@@ -46,7 +46,7 @@ def test_a_dry_run_of_every_target_needs_no_engine(
     done = snakemake(project, "--configfile", "config.yaml", "-n", "--", target, base=checkout)
     assert done.returncode == 0, done.stdout
     wanted = {"all": "report", "plan": "make_plan", "facts": "find_facts", "stage": "stage_suite", "report": "collect"}
-    assert wanted[target] in done.stdout
+    assert wanted.get(target, "bundle") in done.stdout
     assert not (project / "results").exists()
 
 
@@ -92,6 +92,28 @@ def test_a_job_without_its_environment_says_how_to_make_it(checkout: Path, proje
     done = snakemake(project, "--configfile", "config.yaml", "--", "facts", base=checkout)
     assert done.returncode != 0
     assert "envs/install cpu" in done.stdout
+
+
+def test_trackers_without_their_libraries_are_refused_before_any_job(
+    checkout: Path, project: Path, snakemake: Snakemake
+) -> None:
+    asked = ("--configfile", "config.yaml", "-n", "--config", "export={formats: [mlflow]}", "--")
+    done = snakemake(project, *asked, "export", base=checkout)
+    assert done.returncode != 0
+    assert "export.formats: mlflow needs a library" in done.stdout
+    assert f"mend: {checkout}/envs/install export" in done.stdout
+    assert snakemake(project, *asked, "report", base=checkout).returncode == 0
+
+
+def test_repeats_are_runs_beside_the_first(checkout: Path, project: Path, snakemake: Snakemake) -> None:
+    def runs(*more: str) -> set[str]:
+        done = snakemake(project, "--configfile", "config.yaml", "-n", *more, base=checkout)
+        assert done.returncode == 0, done.stdout
+        return {word for line in done.stdout.splitlines() if "run=" in line for word in line.split() if "run=" in word}
+
+    (first,) = runs()
+    assert len(runs("--config", "repeats=3")) == 3
+    assert first in runs("--config", "repeats=3")
 
 
 def test_a_change_of_what_decides_scores_is_another_run(checkout: Path, project: Path, snakemake: Snakemake) -> None:
