@@ -121,7 +121,9 @@ def settings_arguments(settings: EngineSettings) -> dict[str, Any]:
 def engine_arguments(task: ChildTask) -> dict[str, Any]:
     """What lm-eval's model class passes on to LLM()."""
     model = {"pretrained": task.model_folder, "trust_remote_code": task.run.run.model.trust_remote_code}
-    return model | settings_arguments(task.settings)
+    # Several nodes: a Ray cluster that is up, named as Ray's own programs find it. vLLM would not look for it.
+    ray = {"distributed_executor_backend": "ray"} if os.environ.get("RAY_ADDRESS") else {}
+    return model | settings_arguments(task.settings) | ray
 
 
 def resolved_arguments(config: Any) -> dict[str, Any]:
