@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,19 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
         (part / keep.SAMPLES).write_bytes(b"half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_job_left_half_written_goes_with_time_and_disturbs_nobody(tmp_path: Path) -> None:
+    old, new = tmp_path / ".unit.abc.part", tmp_path / ".unit.def.part"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / keep.SAMPLES).write_bytes(b"half")
+    day_before_yesterday = time.time() - 2 * keep.LEFT_S
+    os.utime(old, (day_before_yesterday, day_before_yesterday))
+    key = write_result(tmp_path / "unit", {"a": 1})
+    assert keep.find(tmp_path / "unit", key) is not None
+    assert not old.exists()
+    assert new.exists(), "another job may be writing it"
 
 
 @pytest.mark.parametrize("task", ["../../etc/passwd", "/abs", "a/b", ".", "..", "x" * 500, "task with spaces\n"])

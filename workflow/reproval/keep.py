@@ -6,8 +6,10 @@ model, setting, prompt or environment has another key and is never taken for it.
 
 from __future__ import annotations
 
+import glob
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ from reproval.settings import Unit
 
 RESULT = "result.json"
 SAMPLES = "samples.jsonl.gz"
+LEFT_S = 24 * 3600.0
 
 
 def engine_identity(run: RunFile, facts: Facts, settings: EngineSettings) -> dict[str, Any]:
@@ -75,6 +78,10 @@ def find(folder: Path, key: str) -> UnitResult | None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder beside `folder` that takes its name on success and vanishes on failure."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.part"):
+        # Of a job that was killed. Not of one that is writing now: that takes seconds.
+        if time.time() - left.stat().st_mtime > LEFT_S:
+            shutil.rmtree(left, ignore_errors=True)
     part = Path(mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
     try:
         yield part

@@ -1,0 +1,128 @@
+"""One run of the demo's model on small tasks, as records: what the stages before `evaluate` make of a configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from reproval import keep
+from reproval.engine import ChildUnit
+from reproval.evaluate import child_units
+from reproval.model_facts import read_model
+from reproval.records import EngineSettings, Facts, Hardware, MemoryPrediction, ModelManifest, Plan, Rung, UnitResult
+from reproval.run_file import RunFile
+from reproval.settings import ModelConfig, Run, TaskSettings, Unit
+from reproval.task_facts import encoder, unit_facts
+
+BASE = Path(__file__).resolve().parents[2]
+MODEL = BASE / "resources/demo/SmolLM2-135M-Instruct"
+TASKS = BASE / "config/demo/tasks"
+DEMO = ("demo_opposites", "demo_endings", "demo_counting", "demo_prose")
+NAME = "m-000000000000"
+SETTINGS = EngineSettings(
+    dtype="float32",
+    max_model_len=256,
+    max_num_batched_tokens=1024,
+    max_num_seqs=16,
+    kv_cache_memory_bytes=2**28,
+    enforce_eager=True,
+    submit_batch=16,
+)
+
+
+def own_tasks(folder: Path) -> None:
+    """A group of two tasks, unconditional requests too, and answers that are drawn three times each."""
+    (folder / "data").mkdir()
+    rows = [{"q": f"{n} plus {n % 3} is", "c": [str(n + n % 3), "a cow", "many"], "a": n % 3} for n in range(12)]
+    (folder / "data/sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "data/sums.jsonl")}},
+        "test_split": "test",
+        "num_fewshot": 0,
+        "doc_to_text": "{{q}}",
+        "metadata": {"version": 1.0},
+    }
+    choice = {"output_type": "multiple_choice", "doc_to_choice": "{{c}}", "doc_to_target": "a"}
+    metrics = [{"metric": name} for name in ("acc", "acc_norm", "acc_mutual_info")]
+    files: dict[str, dict[str, Any]] = {
+        "sums_choice": common | choice | {"metric_list": metrics},
+        "sums_asked": common | choice | {"doc_to_text": "Question: {{q}}\nAnswer:", "metric_list": metrics[:1]},
+        "sums": {
+            "group": "sums",
+            "task": ["sums_choice", "sums_asked"],
+            "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+            "metadata": {"version": 1.0},
+        },
+        "sums_drawn": common
+        | {
+            "output_type": "generate_until",
+            "doc_to_target": "{{c[0]}}",
+            "repeats": 3,
+            "generation_kwargs": {"until": ["."], "max_gen_toks": 4, "do_sample": True, "temperature": 0.9},
+            "metric_list": [{"metric": "exact_match"}],
+        },
+    }
+    for name, content in files.items():
+        named = content if "group" in content else {"task": name} | content
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(named, sort_keys=False))
+
+
+class Project:
+    """The records of one run on demo tasks and, from the folder `own`, others; `limit` documents of each."""
+
+    def __init__(self, demo: tuple[str, ...] = DEMO, own: Path | None = None, limit: int = 8) -> None:
+        entries = [(name, TASKS) for name in demo] + [(name, own) for name in ("sums", "sums_drawn") if own]
+        units = [
+            Unit(
+                suite="s",
+                task=name,
+                include_path=str(folder),
+                unsafe_code=False,
+                settings=TaskSettings(limit=limit),
+            )
+            for name, folder in entries
+        ]
+        run = Run(name=NAME, model_name="m", model=ModelConfig(path=str(MODEL)), units=units, identity={})
+        self.run = RunFile(
+            run=run,
+            hardware=Hardware(gpus=0, host_memory_bytes=2**33, cpus=2),
+            policy="auto",
+            seed=None,
+            batch_invariant=False,
+            container=None,
+            environment="cpu.txt sha256:00",
+            store="resources",
+        )
+        tokenizer = encoder(str(MODEL), False)
+        counted = [entry for unit in units for entry in unit_facts(unit, None, tokenizer)]
+        self.facts = Facts(run=NAME, model="m", model_digest="1" * 64, model_facts=read_model(MODEL), tasks=counted)
+        self.manifest = ModelManifest(model="m", source="local", folder=str(MODEL), files=[], digest="1" * 64)
+        nothing = dict.fromkeys(MemoryPrediction.model_fields, 0)
+        self.plan = Plan(
+            run=NAME,
+            model="m",
+            hardware=self.run.hardware,
+            policy="auto",
+            tier="t",
+            parameters=1,
+            fits=True,
+            levers=[],
+            reasons=[],
+            ladder=[Rung(settings=SETTINGS, levers=[], predicted=MemoryPrediction(**nothing))],
+        )
+
+    def units(self, results: Path) -> list[ChildUnit]:
+        return child_units(self.run, self.facts, SETTINGS, results)
+
+    def results(self, folder: Path) -> dict[str, UnitResult]:
+        """By task; all of them are kept, or this fails."""
+        found = {}
+        for entry in self.units(folder):
+            result = keep.find(Path(entry.folder), entry.key)
+            assert result is not None, entry.unit.name
+            found[entry.unit.task] = result
+        return found
