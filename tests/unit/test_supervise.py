@@ -475,6 +475,10 @@ def test_the_next_rung_is_the_first_that_answers_the_failure(failures: list[str]
     assert Script(*failures).climb(LADDER) == (rungs, True)
 
 
+def test_a_job_that_got_more_gpus_begins_with_the_rung_that_needs_them() -> None:
+    assert Script("running").climb(LADDER, first=4) == ([4, 5], True)
+
+
 def test_an_eager_rung_that_fails_like_graph_capture_is_answered_as_running() -> None:
     rungs = [Rung(settings=rung.settings.model_copy(update={"enforce_eager": True}), levers=[], predicted=NOTHING)
              for rung in LADDER]  # fmt: skip
