@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from examples import run_file
+from loopback_hub import COMMIT, Hub, serving
 
-from reproval import stage
+from reproval import download, stage
 from reproval.files import read_record
 from reproval.records import ModelManifest
 from reproval.run_file import RunFile, model_key, write_snapshot
 from reproval.settings import ModelConfig
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
     "config.json": b"{}",
     "tokenizer.json": b"{}",
@@ -33,65 +31,10 @@ FILES = {
 BASE = Path(__file__).resolve().parents[2]
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Just enough of the Hugging Face Hub: one model at one commit, gated if TOKEN is set."""
-
-    files: ClassVar[dict[str, bytes]] = {}
-    promised: ClassVar[dict[str, bytes]] = {}
-    token: ClassVar[str | None] = None
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        if self.token and self.headers.get("Authorization") != f"Bearer {self.token}":
-            self.answer(401, X_Error_Code="GatedRepo", X_Error_Message="Access to model org/m is restricted.")
-        elif path.startswith("/api/models/org/m/tree/"):
-            tree = [
-                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                | {"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 1}}
-                for name, data in self.promised.items()
-            ]
-            self.answer(200, json.dumps(tree).encode(), Content_Type="application/json")
-        elif path.startswith("/api/models/org/m"):
-            siblings = [
-                {
-                    "rfilename": name,
-                    "size": len(data),
-                    "blobId": hashlib.sha1(data).hexdigest(),
-                    "lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 1},
-                }
-                for name, data in self.promised.items()
-            ]
-            info = {"_id": "1", "id": "org/m", "sha": COMMIT, "private": False, "siblings": siblings, "tags": []}
-            self.answer(200, json.dumps(info).encode(), Content_Type="application/json")
-        elif path.startswith(f"/org/m/resolve/{COMMIT}/") and (name := path.rsplit("/", 1)[1]) in self.files:
-            data = self.files[name]
-            self.answer(200, data, ETag=f'"{hashlib.sha256(self.promised[name]).hexdigest()}"', X_Repo_Commit=COMMIT)
-        else:
-            self.answer(404, X_Error_Code="EntryNotFound")
-
-    do_HEAD = do_GET
-
-
 @pytest.fixture
 def hub() -> Iterator[str]:
-    Hub.files, Hub.promised, Hub.token = dict(FILES), dict(FILES), None
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving(FILES) as address:
+        yield address
 
 
 def run(folder: Path, endpoint: str, model: dict[str, Any], **environment: str) -> subprocess.CompletedProcess[str]:
@@ -147,6 +90,79 @@ def test_a_file_that_is_not_the_hubs_is_refused_and_removed(tmp_path: Path, hub:
     assert not (tmp_path / "manifest.json").exists()
 
 
+def test_a_small_file_that_is_not_the_hubs_is_refused_too(tmp_path: Path, hub: str) -> None:
+    Hub.files["config.json"] = b"[]"
+    done = run(tmp_path, hub, {"hub": "org/m", "revision": COMMIT})
+    assert done.returncode != 0
+    assert "config.json" in done.stderr
+
+
+MIB = 2**20
+# The Hub's client keeps what has come in pieces of 10 MiB.
+LARGE = bytes(range(256)) * (35 * 4096)
+
+
+def test_a_connection_that_breaks_is_resumed_where_it_broke(tmp_path: Path, hub: str) -> None:
+    Hub.files["model.safetensors"] = Hub.promised["model.safetensors"] = LARGE
+    Hub.breaks["model.safetensors"] = 12 * MIB
+    done = run(tmp_path, hub, {"hub": "org/m", "revision": COMMIT})
+    assert done.returncode == 0, done.stderr
+    ranges = [wanted for name, wanted in Hub.asked if name == "model.safetensors"]
+    begins = [int(wanted.removeprefix("bytes=").rstrip("-")) for wanted in ranges[1:] if wanted]
+    assert begins == [10 * MIB, 20 * MIB, 30 * MIB], "what had come was fetched again"
+    manifest = read_record(tmp_path / "manifest.json", ModelManifest)
+    assert (Path(manifest.folder) / "model.safetensors").read_bytes() == LARGE
+
+
+def test_a_download_that_failed_goes_on_in_the_next_run(tmp_path: Path, hub: str) -> None:
+    Hub.files["model.safetensors"] = Hub.promised["model.safetensors"] = LARGE
+    Hub.reaches["model.safetensors"] = 12 * MIB
+    failed = run(tmp_path, hub, {"hub": "org/m", "revision": COMMIT})
+    assert failed.returncode != 0
+    assert "Traceback" not in failed.stderr
+    assert "run `snakemake stage` again" in failed.stderr
+    assert not (tmp_path / "manifest.json").exists()
+    assert not list((tmp_path / "store").rglob("model.safetensors"))
+    Hub.reaches.clear()
+    Hub.asked.clear()
+    done = run(tmp_path, hub, {"hub": "org/m", "revision": COMMIT})
+    assert done.returncode == 0, done.stderr
+    ((_, wanted),) = [asked for asked in Hub.asked if asked[0] == "model.safetensors"]
+    assert wanted is not None
+    assert int(wanted.removeprefix("bytes=").rstrip("-")) == 10 * MIB
+
+
+def test_what_came_is_kept_only_if_it_is_what_was_promised(tmp_path: Path, hub: str) -> None:
+    Hub.promised["model.safetensors"] = LARGE
+    Hub.files["model.safetensors"] = LARGE[:-1] + b"!"
+    done = run(tmp_path, hub, {"hub": "org/m", "revision": COMMIT})
+    assert done.returncode != 0
+    assert "model.safetensors: what came is not what the Hub promised" in done.stderr
+    assert not list((tmp_path / "store").rglob("*.safetensors"))
+    assert not list((tmp_path / "store").rglob("*.part"))
+
+
+def test_a_disk_without_room_is_told_before_the_download(tmp_path: Path) -> None:
+    size = 10 * shutil.disk_usage(tmp_path).free
+    with pytest.raises(download.DownloadError, match="GiB are to come"):
+        download.fetch("org/m", COMMIT, [download.Wanted("model.safetensors", size, "0" * 64)], tmp_path / "m")
+
+
+def test_a_file_that_was_damaged_in_the_store_is_named_and_fetched_again(tmp_path: Path, hub: str) -> None:
+    done = run(tmp_path, hub, {"hub": "org/m", "revision": COMMIT})
+    assert done.returncode == 0, done.stderr
+    weights = Path(read_record(tmp_path / "manifest.json", ModelManifest).folder) / "model.safetensors"
+    times = weights.stat()
+    weights.write_bytes(b"\x02\0\0\0\0\0\0\0[]")
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    again = run(tmp_path, hub, {"hub": "org/m", "revision": COMMIT})
+    assert again.returncode != 0
+    assert str(weights) in again.stderr
+    mended = run(tmp_path, hub, {"hub": "org/m", "revision": COMMIT})
+    assert mended.returncode == 0, mended.stderr
+    assert weights.read_bytes() == FILES["model.safetensors"]
+
+
 def test_a_gated_model_needs_its_token_and_the_token_is_nowhere(tmp_path: Path, hub: str) -> None:
     Hub.token = "hf_" + "x" * 30
     model = {"hub": "org/m", "revision": COMMIT, "gated": True}
@@ -165,6 +181,21 @@ def test_without_the_network_the_message_says_what_to_do(tmp_path: Path) -> None
     assert "models.m: org/m" in done.stderr
     assert "where the network is" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_without_the_network_a_model_that_is_whole_is_staged_still(tmp_path: Path, hub: str) -> None:
+    model = {"hub": "org/m", "revision": COMMIT}
+    assert run(tmp_path, hub, model).returncode == 0
+    first = (tmp_path / "manifest.json").read_bytes()
+    (tmp_path / "manifest.json").unlink()
+    again = run(tmp_path, "http://127.0.0.1:9", model)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "manifest.json").read_bytes() == first
+    weights = next((tmp_path / "store").rglob("model.safetensors"))
+    weights.write_bytes(b"\x02\0\0\0\0\0\0\0[]")
+    damaged = run(tmp_path, "http://127.0.0.1:9", model)
+    assert damaged.returncode != 0
+    assert f"{weights}: its content is not what was staged" in damaged.stderr
 
 
 def test_a_local_folder_stays_where_it_is_and_is_measured(tmp_path: Path) -> None:

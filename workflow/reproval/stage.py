@@ -7,25 +7,34 @@ letting lm-eval load every task with the caches inside the store. Afterwards not
 from __future__ import annotations
 
 import argparse
+import glob
 import hashlib
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from reproval.files import sha256_file, sha256_json, write_record
+from reproval import download
+from reproval.files import RecordError, read_record, sha256_file, sha256_json, write_record
 from reproval.folders import walk
 from reproval.records import DatasetSource, ModelManifest, StoredFile, TaskManifest
 from reproval.run_file import RunFile, first_of_suite, of_model
 from reproval.settings import ModelConfig
+from reproval.store import message, troubles
 
 # What an engine and a tokenizer read. Other formats of the same weights (.bin, .pth, .gguf, .onnx) stay on the Hub.
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 PYTHON_FILES = ["*.py"]
+# A hidden copy of the manifest beside the files that it describes.
+KEPT = ".manifest.json"
 
 
 class StageError(Exception):
     """Something could not be fetched, or what was fetched is not what the Hub has."""
+
+
+class Unreachable(StageError):
+    """The Hub does not answer, or does not let this caller in."""
 
 
 def digest_of(files: list[StoredFile]) -> str:
@@ -53,7 +62,10 @@ def stage_model(name: str, model: ModelConfig, store: Path) -> ModelManifest:
     if model.path is not None:
         folder = Path(model.path)
     else:
-        folder, revision, promised = fetch_model(name, model, store, patterns)
+        try:
+            folder, revision, promised = fetch_model(name, model, store, patterns)
+        except Unreachable as error:
+            return kept_model(name, model, store, error)
     files = list_files(folder, patterns)
     for entry in files:
         path = folder / entry.path
@@ -64,7 +76,7 @@ def stage_model(name: str, model: ModelConfig, store: Path) -> ModelManifest:
             )
     if not any(entry.path.endswith(".safetensors") for entry in files):
         raise StageError(f"models.{name}: {folder} holds no .safetensors file; convert the checkpoint to safetensors")
-    return ModelManifest(
+    manifest = ModelManifest(
         model=name,
         source="local" if model.path is not None else "hub",
         hub_id=model.hub,
@@ -73,6 +85,26 @@ def stage_model(name: str, model: ModelConfig, store: Path) -> ModelManifest:
         files=files,
         digest=digest_of(files),
     )
+    if model.path is None:
+        write_record(folder / KEPT, manifest)
+    return manifest
+
+
+def kept_model(name: str, model: ModelConfig, store: Path, unreachable: Unreachable) -> ModelManifest:
+    """What was staged of this commit before, checked byte for byte; raises StageError if it is not whole.
+
+    A cluster without network asks for a manifest again when this workflow is newer than the manifest.
+    """
+    try:
+        manifest = read_record(store / "models" / f"{name}-{(model.revision or '')[:12]}" / KEPT, ModelManifest)
+    except RecordError:
+        raise unreachable from None
+    if (manifest.hub_id, manifest.revision) != (model.hub, model.revision):
+        raise unreachable
+    if wrong := troubles(Path(manifest.folder), manifest.files, deep=True):
+        raise StageError(f"{unreachable}; and {message(wrong)}") from unreachable
+    print(f"models.{name}: the Hub cannot be reached; {manifest.folder} is whole, as it was staged before")
+    return manifest
 
 
 def fetch_model(
@@ -93,11 +125,24 @@ def fetch_model(
         info = HfApi().model_info(model.hub, revision=model.revision, files_metadata=True)
         assert info.sha is not None
         folder = store / "models" / f"{name}-{info.sha[:12]}"
-        snapshot_download(model.hub, revision=info.sha, local_dir=folder, allow_patterns=patterns)
+        large = [
+            download.Wanted(entry.rfilename, entry.lfs.size, entry.lfs.sha256)
+            for entry in info.siblings or []
+            if entry.lfs is not None and entry.lfs.size >= download.LARGE_BYTES
+            if any(Path(entry.rfilename).match(pattern) for pattern in patterns)
+        ]
+        download.fetch(model.hub, info.sha, large, folder)
+        others = [glob.escape(file.path) for file in large]
+        snapshot_download(
+            model.hub, revision=info.sha, local_dir=folder, allow_patterns=patterns, ignore_patterns=others
+        )
+    except download.DownloadError as error:
+        raise StageError(f"models.{name}: {error}; run `snakemake stage` again") from error
     except (HTTPError, OSError) as error:
-        raise StageError(
+        raise Unreachable(
             f"models.{name}: {model.hub} at {model.revision} could not be fetched: {_first_line(error)}; "
-            "run `snakemake stage` where the network is, with HF_TOKEN set if the repository is gated"
+            "what has come is kept: run `snakemake stage` again where the network is, with HF_TOKEN set if the "
+            "repository is gated"
         ) from error
     promised = {
         entry.rfilename: entry.lfs.sha256 if entry.lfs is not None else entry.blob_id for entry in info.siblings or []
