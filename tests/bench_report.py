@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-sys.path.append(str(Path(__file__).resolve().parent / "unit"))
+sys.path += [str(Path(__file__).resolve().parents[1] / folder) for folder in ("workflow", "tests/unit")]
 
 import synthetic
 

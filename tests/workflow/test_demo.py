@@ -108,6 +108,19 @@ def test_the_report_names_every_file_of_the_models_by_its_hash(done: Path, demo_
     assert told["common"]["tokenizer SHA-256"].startswith(sha256_file(demo_model / "tokenizer.json"))
 
 
+def test_snakemakes_own_report_has_the_results_with_their_captions(
+    done: Path, snakemake: Snakemake, tmp_path: Path
+) -> None:
+    page = tmp_path / "snakemake.html"
+    made = snakemake(done, "--configfile", CONFIG, "--report", str(page))
+    assert made.returncode == 0, made.stdout
+    text = page.read_text(encoding="utf-8")
+    for result in ("results/report.html", "results/scores.csv"):
+        assert f'"{result}": {{"name"' in text
+    for said in ("The whole report as one page that opens offline", "Every score: one row for each run", *DTYPES):
+        assert said in text
+
+
 @pytest.mark.parametrize("model", DTYPES)
 def test_scores_are_those_of_stock_lm_eval(
     done: Path, engine: Path, demo_model: Path, tmp_path: Path, model: str
