@@ -111,6 +111,7 @@ class Curve(Part):
 class Memory(Part):
     model: str
     device: str = Field(description="`GPU` or `host`: where the plan's peak is.")
+    jobs_per_gpu: int = Field(default=1, description="Above 1 the measured peak is that of all jobs on the GPU.")
     predicted_bytes: int | None
     measured_bytes: int | None
     capacity_bytes: int

@@ -113,6 +113,7 @@ def memory(model: ModelData) -> Memory:
     return Memory(
         model=model.label,
         device="GPU" if gpus else "host",
+        jobs_per_gpu=plan.jobs_per_gpu,
         predicted_bytes=(predicted.peak_bytes if gpus else host) if predicted else None,
         measured_bytes=(attempt.gpu_peak_bytes if attempt else evaluation.gpu_peak_bytes) if gpus else measured,
         capacity_bytes=plan.hardware.gpu_memory_bytes if gpus else plan.hardware.host_memory_bytes,
