@@ -67,3 +67,15 @@ def test_the_engine_is_told_what_the_plan_chose_and_nothing_that_it_left_open(na
     assert {key: arguments[key] for key in chosen} == chosen
     assert len({"gpu_memory_utilization", "kv_cache_memory_bytes"} & set(arguments)) == 1
     assert arguments["trust_remote_code"] is False
+    assert arguments["tensor_parallel_size"] == 1
+    assert "distributed_executor_backend" not in arguments
+
+
+def test_a_ray_cluster_that_is_named_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    settings = engine_settings(tensor_parallel_size=16)
+    task = engine.ChildTask(
+        run=run_file(), settings=settings, model_folder="m", request_cache="r", score_levers=[], units=[], kept_tokens=0
+    )
+    arguments = engine.engine_arguments(task)
+    assert (arguments["distributed_executor_backend"], arguments["tensor_parallel_size"]) == ("ray", 16)
