@@ -60,7 +60,7 @@ class Case:
 
 
 CASES = {
-    "kv_below_one_request": Case("kv_below_one_request", {"kv_cache_memory_bytes": MIB}),
+    "kv_below_one_request": Case("kv_below_one_request", {"kv_cache_memory_bytes": 4 * MIB}),
     "no_kv_room": Case(
         "no_kv_room", {"kv_cache_memory_bytes": 60 * GIB, "gpu_memory_utilization": 0.1}, "", 40 * GIB, 45.0
     ),
