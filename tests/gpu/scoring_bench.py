@@ -86,11 +86,13 @@ def choices_of(task: str, number: int, context: str, choices: list[str]) -> list
     return [Instance("loglikelihood", {}, (context, c), i, (task, number, 1)) for i, c in enumerate(choices)]
 
 
-def mmlu(folder: Path | None, questions: int, writer: Writer, part: int, parts: int) -> list[Any]:
+def mmlu(questions: int, writer: Writer, options: argparse.Namespace) -> list[Any]:
     """5 shots in lm-eval's layout. `questions` 0: all; else as many from each subject as make up the number.
 
-    Of `parts` parts, every `parts`-th question from the `part`-th on.
+    The questions of a subject share its shots: a few of each subject share less than all of some subjects, which
+    `--subjects` takes. Of several processes, each takes a part of every subject.
     """
+    folder = options.mmlu
     letters = "ABCD"
     requests: list[Any] = []
     if folder is None:
@@ -109,6 +111,8 @@ def mmlu(folder: Path | None, questions: int, writer: Writer, part: int, parts: 
         return "\n".join(lines) + (f" {letters[row['answer']]}\n\n" if answered else "")
 
     subjects = sorted((folder / "test").glob("*.jsonl"))
+    if options.subjects:
+        subjects = [subjects[len(subjects) * index // options.subjects] for index in range(options.subjects)]
     for index, path in enumerate(subjects):
         name = path.stem.replace("_", " ")
         dev = [json.loads(line) for line in (folder / "dev" / path.name).open(encoding="utf-8")]
@@ -118,7 +122,7 @@ def mmlu(folder: Path | None, questions: int, writer: Writer, part: int, parts: 
         if questions:
             rows = rows[: (questions * (index + 1)) // len(subjects) - (questions * index) // len(subjects)]
         for number, row in enumerate(rows):
-            if number % parts != part:
+            if number % options.processes != options.part:
                 continue
             context = shots + shown(row, False)
             requests += choices_of(f"mmlu_{path.stem}", number, context, [f" {letter}" for letter in letters])
@@ -131,7 +135,7 @@ def work(case: str, count: int, writer: Writer, options: argparse.Namespace, max
 
     requests: list[Any] = []
     if case == "mmlu5":
-        return "loglikelihood", mmlu(options.mmlu, count, writer, options.part, options.processes)
+        return "loglikelihood", mmlu(count, writer, options)
     if case in ("arc25", "arc25_fixed"):
         # lm-eval draws ARC's shots anew for every question; a task with fixed shots shares them.
         shots = [writer.text(75) + "\n\n" for _ in range(100)]
@@ -495,6 +499,7 @@ def main() -> None:
         "--counts", default="", help="documents by case: mmlu5=200,hellaswag=300; mmlu5=0 is all of MMLU"
     )
     parser.add_argument("--mmlu", type=Path, help="folder with test/ and dev/ of JSON lines; synthetic without")
+    parser.add_argument("--subjects", type=int, help="so many of MMLU's subjects, evenly chosen; default: all")
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--batched-tokens", type=int, default=8192)
     parser.add_argument("--submit-batch", type=int, default=2048)
