@@ -105,6 +105,7 @@ def test_the_report_names_every_file_of_the_models_by_its_hash(done: Path, demo_
     for model in DTYPES:
         for name in ("model.safetensors", "config.json", "tokenizer.json"):
             assert told["files"][model][name] == sha256_file(demo_model / name)
+    assert all(task["dataset"].startswith("task files of the suite, SHA-256 ") for task in told["tasks"])
     assert told["common"]["tokenizer SHA-256"].startswith(sha256_file(demo_model / "tokenizer.json"))
 
 

@@ -12,7 +12,7 @@ from reproval import collect
 from reproval.collect import ModelData, UnitData
 from reproval.files import RecordError
 from reproval.manifests import Manifests
-from reproval.records import Attempt, DatasetSource, ModelManifest, Provenance, ScoringPath
+from reproval.records import Attempt, ModelManifest, Provenance, ScoringPath
 from reproval.report_content import Curve, Cut, Fit, Memory, ReportProvenance, TaskProvenance, TaskTime, Timing
 
 CURVE_POINTS = 240
@@ -237,15 +237,19 @@ def _merge(parts: Iterable[dict[str, str]]) -> dict[str, str]:
     return {name: " / ".join(values) for name, values in merged.items()}
 
 
-def _dataset(unit: UnitData, task: str, staged: DatasetSource | None) -> str | None:
-    """Repository, configuration and commit: as staged, where a manifest has it, else as the task asked for it."""
+def _dataset(unit: UnitData, task: str, manifests: Manifests) -> str | None:
+    """Repository, configuration and commit: as staged, where a manifest has it, else as the task asked for it.
+
+    A task that makes its documents itself has the hash of its suite's files.
+    """
+    staged, suite = manifests.datasets.get((unit.result.suite, task)), manifests.suites.get(unit.result.suite)
     config = unit.result.lm_eval.get("configs", {}).get(task, {})
     path, name = config.get("dataset_path"), config.get("dataset_name")
     revision = (config.get("dataset_kwargs") or {}).get("revision")
     if staged:
         path, name, revision = staged.path or path, staged.name or name, staged.revision or revision
     if not path:
-        return None
+        return f"task files of the suite, SHA-256 {suite.digest}" if suite and suite.task_files else None
     return str(path) + (f", {name}" if name else "") + (f" @ {revision}" if revision else "")
 
 
@@ -292,7 +296,7 @@ def provenance(models: Sequence[ModelData], manifests: Manifests) -> ReportProve
                     {
                         "version": None if version is None else str(version),
                         "n_shot": unit.result.n_shot.get(task),
-                        "dataset": _dataset(unit, task, manifests.datasets.get((unit.result.suite, task))),
+                        "dataset": _dataset(unit, task, manifests),
                         "hashes": {},
                     },
                 )
