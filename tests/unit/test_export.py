@@ -197,6 +197,11 @@ def test_an_unknown_metric_has_no_range_and_an_infinite_score_is_left_out(
     assert record["source_metadata"]["additional_details"]["not_finite"] == '["capitals acc"]'
 
 
+def metric_name(row: dict[str, Any]) -> str:
+    name = f"{row['suite']}/{row['task']}/{row['metric']}"
+    return name if row["filter"] == "none" else f"{name}.{row['filter']}"
+
+
 # --- trackers ---------------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +230,7 @@ def test_mlflow_opens_what_is_written_wherever_the_project_lies(
     for model in collect.load(project.results, project.evaluations):
         run = runs[model.label]
         for row in collect.rows([model]):
-            name = "/".join(filter(None, [row["suite"], row["task"], row["metric"], row["filter"].replace("none", "")]))
+            name = metric_name(row)
             assert run.data.metrics[name] == row["value"]
         assert run.data.metrics["memory/host_peak_bytes"] == model.evaluation.host_peak_bytes
         assert run.info.status == "FINISHED"
@@ -280,7 +285,7 @@ def test_weights_and_biases_gets_a_run_for_each_model_to_sync(
     for model in collect.load(project.results, project.evaluations):
         run = runs[model.label]
         for row in collect.rows([model]):
-            name = "/".join(filter(None, [row["suite"], row["task"], row["metric"], row["filter"].replace("none", "")]))
+            name = metric_name(row)
             assert run["summary"][name] == pytest.approx(row["value"])
         assert len(run["memory"]) > 10
     assert runs["from-the-hub"]["config"]["hub"] == "Maker/Model-14B"

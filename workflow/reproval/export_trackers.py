@@ -55,10 +55,9 @@ def tracked(model: ModelData, manifests: Manifests, project: Path) -> TrackedRun
         metrics["memory/gpu_peak_bytes"] = evaluation.gpu_peak_bytes
     table = rows([model])
     for row in table:
-        name = "/".join(
-            [row["suite"], row["task"], row["metric"], *([row["filter"]] if row["filter"] != "none" else [])]
-        )
-        name = _NOT_IN_NAMES.sub("_", name)
+        # A dot before the filter: in MLflow's store a slash makes a folder, where METRIC is a file already.
+        filtered = "" if row["filter"] == "none" else f".{row['filter']}"
+        name = _NOT_IN_NAMES.sub("_", f"{row['suite']}/{row['task']}/{row['metric']}{filtered}")
         for suffix, key in (("", "value"), ("_stderr", "stderr"), ("_low", "interval_low"), ("_high", "interval_high")):
             if row[key] is not None:
                 metrics[name + suffix] = row[key]
