@@ -1,9 +1,16 @@
 # The traps that cost GPU hours, looked for where Snakemake was started and where evaluations run.
 
+from contextlib import suppress
 
-# A site's settings of `evaluate` (partition, GPU, account) hold for the job that looks at its machines.
+
+# A site's settings of `evaluate` (partition, GPU, account) hold for the job that looks at its machines. Those that are
+# expressions have no value outside of a job (Snakemake's own default of tmpdir is one).
 def of_site(resources):
-    return {name: getattr(value, "value", value) for name, value in (resources or {}).items()}
+    found = {}
+    for name, value in (resources or {}).items():
+        with suppress(ValueError):
+            found[name] = getattr(value, "value", value)
+    return found
 
 
 SITE = of_site(workflow.resource_settings.overwrite_resources.get("evaluate"))
