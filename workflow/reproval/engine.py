@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import Field
 
-from reproval import keep, provenance
+from reproval import keep, loading, provenance
 from reproval.files import atomic, read_record, sha256_bytes, sha256_file, sha256_json, write_record
 from reproval.records import (
     EngineSettings,
@@ -123,7 +123,7 @@ def engine_arguments(task: ChildTask) -> dict[str, Any]:
     model = {"pretrained": task.model_folder, "trust_remote_code": task.run.run.model.trust_remote_code}
     # Several nodes: a Ray cluster that is up, named as Ray's own programs find it. vLLM would not look for it.
     ray = {"distributed_executor_backend": "ray"} if os.environ.get("RAY_ADDRESS") else {}
-    return model | settings_arguments(task.settings) | ray
+    return model | settings_arguments(task.settings) | ray | loading.arguments(Path(task.model_folder))
 
 
 def resolved_arguments(config: Any) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def resolved_arguments(config: Any) -> dict[str, Any]:
         ),
         "scheduler_config": ("max_num_batched_tokens", "max_num_seqs", "enable_chunked_prefill", "async_scheduling"),
         "parallel_config": ("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend"),
-        "load_config": ("load_format",),
+        "load_config": ("load_format", "safetensors_load_strategy"),
         "device_config": ("device_type",),
     }
     found: dict[str, Any] = {}

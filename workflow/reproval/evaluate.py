@@ -21,6 +21,7 @@ from reproval import keep, memory, resources, store, supervise
 from reproval.engine import ANSWERED, ChildTask, ChildUnit, ShardTask, environment
 from reproval.files import RecordError, read_record, sha256_file, sha256_json, write_record
 from reproval.gpu_claims import claimed
+from reproval.local_copy import LocalCopyError, copied
 from reproval.progress import FILE, Progress, ProgressFile
 from reproval.records import (
     Attempt,
@@ -126,7 +127,10 @@ def climb(job: Job) -> Ended:
     """Run the engine, on the rungs of the plan, until it has done what is not kept already. Raises EvaluateError."""
     told = ProgressFile(job.work / FILE, len(job.run.run.units))
     with told.kept():
-        return _climb(job, told)
+        try:
+            return _climb(job, told)
+        except LocalCopyError as error:
+            raise EvaluateError(str(error)) from error
 
 
 def _climb(job: Job, told: ProgressFile) -> Ended:
@@ -146,6 +150,7 @@ def _climb(job: Job, told: ProgressFile) -> Ended:
     traces: list[memory.Trace] = []
     seen: list[Attempt] = []
     variables = dict(os.environ)
+    folder = job.manifest.folder
 
     def note(*attempts: Attempt) -> None:
         write_record(job.work / "attempts.json", Attempts(attempts=[*history, *attempts]))
@@ -156,7 +161,7 @@ def _climb(job: Job, told: ProgressFile) -> Ended:
         task = ChildTask(
             run=run,
             settings=settings,
-            model_folder=job.manifest.folder,
+            model_folder=folder,
             request_cache=str(job.results / "requests"),
             score_levers=score_levers(plan, rung),
             units=pending,
@@ -181,6 +186,7 @@ def _climb(job: Job, told: ProgressFile) -> Ended:
         return outcome
 
     with ExitStack() as stack:
+        folder = stack.enter_context(copied(job.manifest, run.local_copy))
         # Without NVML nothing tells one GPU from another, and CUDA's own choice stays.
         if gpus and (uuids := memory.gpu_uuids(os.environ)):
             claim = claimed(job.results / "work/gpus", uuids, gpus, plan.jobs_per_gpu)

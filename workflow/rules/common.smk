@@ -175,6 +175,9 @@ if IMAGE:
             ),
         ],
     )
+    # $TMPDIR is the container's own /tmp. Another folder lies on the node, where Snakemake need not have started.
+    if CONFIG.local_copy and CONFIG.local_copy.startswith("/"):
+        bound.append((Path(CONFIG.local_copy), "rw"))
     # Apptainer does not make what it is to bind.
     for name in containers.STORE_BINDS:
         Path(STORE, name).mkdir(parents=True, exist_ok=True)
