@@ -243,6 +243,26 @@ def test_paths_and_secrets_are_taken_out_and_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "token",
+    [
+        *(
+            f"{begin}{'aB3' * 12}"
+            for begin in ("hf_", "sk-", "ghp_", "gho_", "ghs_", "github_pat_", "glpat-", "Bearer ")
+        ),
+        "AKIA" + "A1B2" * 4,
+        "eyJ" + ".".join(["a1" * 10] * 3),
+        "https://somebody:secretword@example.org/x",
+    ],
+)
+def test_every_shape_of_a_token_is_known(token: str, tmp_path: Path) -> None:
+    clean, removed = scrub.scrub({"said": f"with {token} in it"}, tmp_path, {})
+    assert removed == 1
+    assert scrub.SECRET in clean["said"]
+    assert scrub.leaks(f"with {token} in it") == "something shaped like a token"
+    assert scrub.leaks(clean["said"]) is None
+
+
+@pytest.mark.parametrize(
     "harmless",
     [
         "docker://ghcr.io/example/reproval@sha256:" + "a" * 64,

@@ -126,12 +126,14 @@ def load(results: Path, evaluations: Sequence[Path]) -> list[ModelData]:
 
 
 def finite(values: Floats) -> Floats:
-    return values[~np.isnan(values)]
+    unknown = np.isnan(values)
+    return values[~unknown] if unknown.any() else values
 
 
 def is_mean(score: Score, values: Floats) -> bool:
     """Whether lm-eval's value is the mean of these per-document values: the value tells how it was aggregated."""
-    return values.size > 0 and math.isclose(float(values.mean()), score.value, rel_tol=1e-6, abs_tol=1e-9)
+    # A sum over the size, because numpy's mean takes three times as long for the few values that most tasks have.
+    return values.size > 0 and math.isclose(float(values.sum()) / values.size, score.value, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def score_interval(score: Score, unit: UnitData) -> Interval | None:

@@ -12,11 +12,22 @@ SECRET = "[secret removed]"
 OUTSIDE = "[path outside the project]"
 NUMBERS = (float, int, bool, type(None))
 
-# Tokens by the shapes that their issuers document, and passwords inside URLs.
-_TOKENS = re.compile(
-    r"\bhf_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}"
-    r"|\bAKIA[0-9A-Z]{16}\b|\bBearer\s+[\w.~+/=-]{16,}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{5,}|(?<=://)[^\s/:@]+:[^\s/@]+(?=@)"
-)
+# Tokens by the shapes that their issuers document, and passwords inside URLs, each by text that it cannot be without:
+# that is found a hundred times faster than an expression in the megabytes of a report.
+_TOKENS = {
+    marker: re.compile(pattern)
+    for marker, pattern in {
+        "hf_": r"\bhf_[A-Za-z0-9]{20,}",
+        "sk-": r"\bsk-[A-Za-z0-9_-]{20,}",
+        **{f"gh{kind}_": rf"\bgh{kind}_[A-Za-z0-9]{{20,}}" for kind in "pousr"},
+        "github_pat_": r"\bgithub_pat_\w{20,}",
+        "glpat-": r"\bglpat-[\w-]{16,}",
+        "AKIA": r"\bAKIA[0-9A-Z]{16}\b",
+        "Bearer": r"\bBearer\s+[\w.~+/=-]{16,}",
+        "eyJ": r"\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{5,}",
+        "://": r"(?<=://)[^\s/:@]+:[^\s/@]+(?=@)",
+    }.items()
+}
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL", re.IGNORECASE)
 # Two components at least: "/s" is a unit. After a letter or a dot it is part of a relative path, an image or a URL.
 _PATH = re.compile(r"file://[^\s\"'<>]+|(?<![\w./-])(?:~[\w.-]*)?/[\w.+@~-]+(?:/[\w.+@~-]+)+/?")
@@ -57,7 +68,10 @@ def scrub(value: Any, project: Path, env: Mapping[str, str] = os.environ) -> tup
             if secret in given:
                 removed += given.count(secret)
                 given = given.replace(secret, SECRET)
-        return _PATH.sub(path, _TOKENS.sub(token, given))
+        for marker, pattern in _TOKENS.items():
+            if marker in given:
+                given = pattern.sub(token, given)
+        return _PATH.sub(path, given)
 
     def walk(item: Any) -> Any:
         kind = type(item)
@@ -86,4 +100,5 @@ def own(text: str, env: Mapping[str, str] = os.environ) -> str | None:
 
 def leaks(text: str, env: Mapping[str, str] = os.environ) -> str | None:
     """What kind of thing a finished report would give away, without showing it; None if nothing."""
-    return "something shaped like a token" if _TOKENS.search(text) else own(text, env)
+    shaped = any(marker in text and pattern.search(text) for marker, pattern in _TOKENS.items())
+    return "something shaped like a token" if shaped else own(text, env)

@@ -62,7 +62,7 @@ def student_quantile(p: float, freedom: int) -> float:
 
 
 def is_binary(values: Floats) -> bool:
-    return bool(np.all((values == 0) | (values == 1)))
+    return bool(((values == 0) | (values == 1)).all())
 
 
 # --- intervals -----------------------------------------------------------------------------------------------------
@@ -97,9 +97,9 @@ def mean_interval(values: Floats, level: float = LEVEL) -> Interval | None:
     n = values.size
     if n == 0:
         return None
-    mean = float(values.mean())
     if is_binary(values):
         return wilson(float(values.sum()), n, level)
+    mean = float(values.mean())
     bounded = bool(values.min() >= 0 and values.max() <= 1)
     spread = float(values.std(ddof=1)) if n > 1 else 0.0
     if spread > 0:
