@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,53 @@ def test_where_snakemake_is_started_needs_no_apptainer(tmp_path: Path, project: 
     assert "rule evaluate" in planned.stdout
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout whose lock for GPUs holds a few small packages, so that the Dockerfile can be built in a minute."""
+    folder = tmp_path_factory.mktemp("small")
+    for name in ("containers", "envs", "workflow"):
+        shutil.copytree(BASE / name, folder / name)
+    shutil.copyfile(BASE / "envs/pytest.txt", folder / "envs/gpu.txt")
+    (folder / ".env").mkdir()
+    for name in ("controller", "uv", "syft"):
+        if (BASE / ".env" / name).exists():
+            (folder / ".env" / name).symlink_to(BASE / ".env" / name)
+    return folder
+
+
+@pytest.mark.parametrize("tool", ["buildah", "podman", "docker", "apptainer"])
+def test_the_dockerfile_builds_with_whichever_tool_is_there(tool: str, lab: Lab, small: Path, tmp_path: Path) -> None:
+    base = lab.run(LAB / "base-image", f"127.0.0.1:{lab.port}/base")
+    answers = {"docker": ["docker", "info"]}.get(tool, [tool, "--version"])
+    if shutil.which(tool) is None or subprocess.run(answers, capture_output=True).returncode != 0:
+        pytest.skip(f"{tool} is not here")
+    with tempfile.NamedTemporaryFile(dir="/tmp", prefix="reproval-canary-") as canary:
+        recipe = f'. {LAB}/lib.sh; . {LAB}/buildah-env.sh; exec "$0" "$@"'
+        lab.run("bash", "-c", recipe, small / "containers/build", "gpu", "--tool", tool, "--base", base, timeout=900)
+        assert Path(canary.name).exists()
+    made = small / ".env/images"
+    record = json.loads((made / "gpu.json").read_text())
+    assert record["built_from"]["tool"] == tool
+    listed = json.loads((made / "gpu.cdx.json").read_text())
+    assert listed["metadata"]["component"]["version"] == (record["digest"] or record["sif_sha256"])
+    assert "pkg:pypi/pytest@" in json.dumps(listed["components"])
+    look = (
+        "import os, pytest, sys; print(sys.prefix, os.listdir('/var/tmp'), os.environ['TRITON_CACHE_DIR'],"
+        " os.environ['NVIDIA_DRIVER_CAPABILITIES'])"
+    )
+    inside = ["apptainer", "exec", "--containall", str(made / "gpu.sif")]
+    assert lab.run(*inside, "python3", "-c", look).splitlines()[-1] == (
+        "/opt/reproval/.env/gpu [] /tmp/reproval-cache/triton compute,utility"
+    )
+    # Python reads what was compiled beforehand, of its own library too.
+    chatter = subprocess.run([*inside, "python3", "-v", "-c", ""], capture_output=True, text=True).stderr
+    assert "code object from" in chatter
+    assert not [line for line in chatter.splitlines() if "code object from" in line and line.endswith(".py'")]
+    lab.run(
+        *inside, "sh", "-c", "! command -v g++ && echo 'int main(void) { return 0; }' | gcc -x c - -o /tmp/a && /tmp/a"
+    )
+
+
 @pytest.mark.skipif(
     os.environ.get("REPROVAL_SYSTEM_TESTS") != "full",
     reason="builds the CPU image (a quarter of an hour, 10 GB): REPROVAL_SYSTEM_TESTS=full",
@@ -271,6 +319,8 @@ def test_the_demo_runs_in_the_image_of_the_dockerfile(tmp_path: Path, lab: Lab, 
     release = [str(BASE / "containers/release"), "cpu", name, "--base", base, "--insecure", "--out", str(tmp_path)]
     published = lab.run("bash", "-c", recipe, *release, timeout=2400).splitlines()[-1]
     assert published.startswith(f"docker://{name}@sha256:")
+    listed = json.loads((tmp_path / "cpu.cdx.json").read_text())
+    assert f"docker://{name}@{listed['metadata']['component']['version']}" == published
     folder = tmp_path / "demo"
     (folder / "resources").mkdir(parents=True)
     (folder / "resources/demo").symlink_to(DEMO_MODEL.parent)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from reproval.container import Image, sbom
+from reproval.container import Image, arguments, binds, sbom
 
 BASE = Path(__file__).parents[2]
 sys.path[:0] = [str(BASE / "envs"), str(BASE / "containers")]
@@ -110,6 +110,28 @@ def test_apptainer_alone_knows_every_step_of_the_dockerfile(tmp_path: Path, monk
     assert labels == {"reproval.engine": "gpu", "reproval.lock.sha256": "0" * 64, "label": "value"}
     with pytest.raises(images.ImagesError, match="does not know how to do: USER nobody"):
         builder.build("ARG BASE_IMAGE=x\nFROM ${BASE_IMAGE} AS other\nUSER nobody\n", {})
+
+
+def test_jobs_with_gpus_get_the_drivers_files_and_no_job_more_folders_than_it_needs(tmp_path: Path) -> None:
+    image = Image("reproval-gpu", "sha256:1", "sha256:1", tmp_path / "gpu.sif", "2" * 64, tmp_path / "gpu.json")
+    work, base, store = (tmp_path / name for name in ("work", "base", "store"))
+    folders = binds(work, base, store, [work / "tasks", tmp_path / "model"])
+    modes = {path: mode for path, mode in folders if path.is_relative_to(tmp_path)}
+    assert modes == {
+        work: "rw",
+        base: "ro",
+        tmp_path / "model": "ro",
+        store: "ro",
+        store / "cache": "rw",
+        store / "huggingface": "rw",
+        store / "huggingface/hub": "ro",
+    }
+    with_gpus, without = (arguments(image, gpus, folders).split() for gpus in (2, 0))
+    assert "--nv" in with_gpus
+    assert "--nv" not in without
+    for words in (with_gpus, without):
+        assert {"--contain", "--cleanenv", "--net"} <= set(words)
+        assert words[words.index("--network") + 1] == "none"
 
 
 def test_an_sbom_of_another_image_is_none(tmp_path: Path) -> None:
