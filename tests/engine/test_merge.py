@@ -174,7 +174,7 @@ def test_from_answers_of_their_own_shards_make_the_scores_of_one_job(
             continue
         for score, other in zip(one[task].scores, merged[task].scores, strict=True):
             assert other.value == pytest.approx(score.value, rel=1e-5), score
-            assert other.stderr == pytest.approx(score.stderr, rel=1e-5), score
+            assert (other.stderr or 0) == pytest.approx(score.stderr or 0, rel=1e-5), score
     shared = [result.paths for result in merged.values()]
     assert sum(path.cached for paths in shared for path in paths.values()) == 0
 

