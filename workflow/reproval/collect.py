@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import json
 import math
 import sys
@@ -358,4 +359,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Records have no cycles. Looking for some among those of 100,000 scores takes a fifth of the time.
+    gc.disable()
     sys.exit(main())

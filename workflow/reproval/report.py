@@ -6,6 +6,7 @@ The content is built once, as a `Report`; the three renderings only print it, so
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -118,4 +119,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Records have no cycles. Looking for some among those of 100,000 scores takes a fifth of the time.
+    gc.disable()
     sys.exit(main())
