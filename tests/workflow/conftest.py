@@ -6,7 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -40,13 +41,27 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "SNAKEMAKE"))}
 
 
+@cache
+def without_network() -> tuple[str, ...]:
+    """What runs a command where there is no network but its own loopback; nothing where that is not permitted."""
+    alone = ("unshare", "--user", "--map-root-user", "--net")
+    up = "ip link set lo up && "
+    try:
+        made = subprocess.run([*alone, "sh", "-c", f"{up} true"], capture_output=True, timeout=30)
+    except OSError:
+        return ()
+    return (*alone, "sh", "-c", f'{up} exec "$@"', "sh") if made.returncode == 0 else ()
+
+
 @pytest.fixture(scope="session")
 def snakemake() -> Snakemake:
     """Run Snakemake in `folder`; returns what it printed, both streams together, and its exit code."""
 
-    def run(folder: Path, *arguments: str, base: Path = BASE) -> subprocess.CompletedProcess[str]:
+    def run(
+        folder: Path, *arguments: str, base: Path = BASE, prefix: Sequence[str] = ()
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command(*arguments, base=base),
+            [*prefix, *command(*arguments, base=base)],
             cwd=folder,
             env=environment(),
             stdout=subprocess.PIPE,

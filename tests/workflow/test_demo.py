@@ -6,12 +6,13 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import BASE, Snakemake, command, environment
+from conftest import BASE, Snakemake, command, environment, without_network
 
 from reproval.files import read_record, sha256_file
 from reproval.records import Evaluation, UnitResult
@@ -31,10 +32,15 @@ def project(tmp_path_factory: pytest.TempPathFactory, demo_model: Path, engine: 
 
 @pytest.fixture(scope="module")
 def done(project: Path, snakemake: Snakemake) -> Path:
-    """The working directory after a first run, which is interrupted by Ctrl-C while the engine works, and a second."""
+    """The working directory after a first run, which is interrupted by Ctrl-C while the engine works, and a second.
+
+    Only staging has a network, where a network can be taken away.
+    """
+    staged = snakemake(project, "--configfile", CONFIG, "--", "stage")
+    assert staged.returncode == 0, staged.stdout
     interrupt_when_tasks_run(project)
     assert engines() == []
-    finished = snakemake(project, "--configfile", CONFIG)
+    finished = snakemake(project, "--configfile", CONFIG, prefix=without_network())
     assert finished.returncode == 0, finished.stdout
     assert finished.stdout.count(f"Report: {project.resolve()}/results/report.html") == 1
     return project
@@ -57,7 +63,7 @@ def engines() -> list[int]:
 def interrupt_when_tasks_run(project: Path) -> None:
     """Start the demo, press Ctrl-C as soon as a first task is kept, and wait for its end."""
     process = subprocess.Popen(
-        command("--configfile", CONFIG),
+        [*without_network(), *command("--configfile", CONFIG)],
         cwd=project,
         env=environment(),
         stdout=subprocess.DEVNULL,
@@ -91,6 +97,15 @@ def test_a_run_after_ctrl_c_goes_on_where_it_stopped(done: Path) -> None:
     outcomes = [attempt.outcome for evaluation in found for attempt in evaluation.attempts]
     assert sorted(outcomes) == ["finished", "finished", "interrupted"]
     assert all(attempt.host_peak_bytes > 2**29 for evaluation in found for attempt in evaluation.attempts)
+
+
+def test_after_staging_no_network_is_needed(done: Path) -> None:
+    if not without_network():
+        pytest.skip("needs `unshare --user --net` without privileges, and ip")
+    connect = "import socket; socket.create_connection(('192.0.2.1', 80), 5)"
+    reached = subprocess.run([*without_network(), sys.executable, "-c", connect], capture_output=True, text=True)
+    assert "Network is unreachable" in reached.stderr
+    assert (done / "results/report.html").stat().st_size > 0
 
 
 def test_one_engine_start_serves_all_tasks_of_a_model(done: Path) -> None:

@@ -212,7 +212,9 @@ COMMANDS = {
     "inside": INSIDE,
 }
 shell.prefix(
-    "".join(f"export {name}={shlex.quote(str(value))}; " for name, value in JOB_ENVIRONMENT.items())
+    # Snakemake's own prefix, which this one replaces: else the exit code of `... | tee LOG` is tee's.
+    "set -euo pipefail; "
+    + "".join(f"export {name}={shlex.quote(str(value))}; " for name, value in JOB_ENVIRONMENT.items())
     + "".join(f'{name}() {{{{ {escaped(command)} "$@"; }}}}; ' for name, command in COMMANDS.items())
 )
 
