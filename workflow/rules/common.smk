@@ -237,3 +237,22 @@ def judged_against(wildcards):
         )
     ((kind, path),) = AGAINST.items()
     return path if kind == "reference" else f"{path}/{bundles.SUMS}"
+
+
+# --- what an export is -------------------------------------------------------------------------------------------------
+
+EXPORTS = {name: f"results/exports/{name}" for name in CONFIG.export.formats} | (
+    {"ro-crate": "results/bundle.zip"} if "ro-crate" in CONFIG.export.formats else {}
+)
+
+
+def tracker_packages(wildcards):
+    """No file, but a word before any job starts if the library of a tracker is missing."""
+    if wildcards.format not in ("mlflow", "wandb"):
+        return []
+    if not up_to_date("export"):
+        raise WorkflowError(
+            f"export.formats: {wildcards.format} needs a library that is not installed, or not as envs/export.txt has "
+            f"it\n  mend: {BASE}/envs/install export"
+        )
+    return []

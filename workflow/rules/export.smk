@@ -1,21 +1,5 @@
 # The results in the formats of others; `export: formats:` says which. The RO-Crate among them is the bundle.
 
-EXPORTS = {name: f"results/exports/{name}" for name in CONFIG.export.formats} | (
-    {"ro-crate": "results/bundle.zip"} if "ro-crate" in CONFIG.export.formats else {}
-)
-
-
-def tracker_packages(wildcards):
-    """The environment with the libraries of trackers; formats that need none of them have no such input."""
-    if wildcards.format not in ("mlflow", "wandb"):
-        return []
-    if not up_to_date("export"):
-        raise WorkflowError(
-            f"export.formats: {wildcards.format} needs a library that is not installed, or not as envs/export.txt has "
-            f"it\n  mend: {BASE}/envs/install export"
-        )
-    return []
-
 
 rule export_format:
     input:
