@@ -315,7 +315,10 @@ def _container_runtime() -> dict[str, Any]:
         "apptainer": _run(program, "--version") if program else None,
         "setuid": _setuid(program),
         "userns": _namespace(),
-        "squashfuse": any(shutil.which(name) for name in ("squashfuse_ll", "squashfuse")) or _bundled(program),
+        # The kernel mounts the image for root.
+        "squashfuse": os.geteuid() == 0
+        or any(shutil.which(name) for name in ("squashfuse_ll", "squashfuse"))
+        or _bundled(program),
     }
 
 

@@ -191,7 +191,7 @@ if IMAGE:
     ONLINE_ENGINE = f"{containers.online_command(IMAGE, bound, given.removeprefix(made))}{inside}"
     exported = " ".join(f"{name}={shlex.quote(str(value))}" for name, value in JOB_ENVIRONMENT.items())
     started = f'{containers.runtime() or "apptainer"} exec --home "$PWD" {workflow.deployment_settings.apptainer_args}'
-    INSIDE = f"{started} {shlex.quote(str(IMAGE.sif))} env {exported} {WITHOUT_NETWORK}{ENGINE}"
+    INSIDE = f"{started} {shlex.quote(str(IMAGE.sif))} env {exported} {WITHOUT_NETWORK}python3"
 else:
     IMAGE_RECORD = {}
     ENGINE = ONLINE_ENGINE = shlex.join([str(BASE / "envs" / "python"), ENGINE_ENV])
