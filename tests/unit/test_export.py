@@ -318,7 +318,8 @@ def test_no_export_tells_a_secret_a_user_or_a_path(
     packages: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setenv("SOME_API_KEY", "no-known-shape-at-all")
-    monkeypatch.setenv("USER", "alice")
+    for name in ("USER", "LOGNAME", "WANDB_USERNAME", "WANDB_ENTITY", "WANDB_NOTES", "MLFLOW_TRACKING_USERNAME"):
+        monkeypatch.setenv(name, "alice")
     private = {
         "engine_arguments": {"model": "/home/alice/models/qwen"},
         "lock": f"cpu {tmp_path}/envs/cpu.txt",

@@ -147,6 +147,9 @@ def _make_relative(folder: Path, name: Path) -> None:
 def write_wandb(runs: list[TrackedRun], folder: Path, name: Path) -> None:
     """Offline runs of Weights & Biases, one folder each, for `wandb sync`. Raises ModuleNotFoundError without it."""
     scratch = folder / ".scratch"
+    # What the caller has set for runs of his own (user, entity, notes) has nothing to do with these.
+    for variable in [name for name in os.environ if name.startswith("WANDB_")]:
+        del os.environ[variable]
     for kind in ("DATA", "CACHE", "CONFIG", "ARTIFACT"):
         os.environ[f"WANDB_{kind}_DIR"] = str(scratch)
     import wandb
