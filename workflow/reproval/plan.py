@@ -36,6 +36,7 @@ from reproval.problems import ConfigError
 from reproval.records import EngineSettings, Facts, Hardware, ModelFacts, Plan, PulledLever, Reason, TaskFacts
 from reproval.seeds import engine_seed
 from reproval.settings import ModelConfig
+from reproval.text_table import text_table
 from reproval.tiers import TierRule, Tiers, load_tiers
 from reproval.time_model import estimate
 
@@ -251,10 +252,7 @@ def _advice(case: Case, first: EngineSettings) -> str:
 def table(plans: list[Plan]) -> str:
     """What `snakemake plan` prints: a line for each model, and below it what cannot run and what would help."""
     head = ("model", "parameters", "tier", "levers", "predicted peak", "estimated time")
-    rows = [head, *(_row(plan) for plan in plans)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
+    lines = [text_table(head, [_row(plan) for plan in plans])]
     for plan in plans:
         if not plan.fits:
             lines += ["", f"{plan.model} cannot run on this hardware. {plan.advice}"]
