@@ -26,6 +26,8 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -100,9 +102,7 @@ def make_context(engine: str, folder: Path, settings: dict[str, str]) -> None:
     for name in ("install", "install.py", "uv.txt", "build.txt", *LOCKS[engine]):
         shutil.copy(ENVS / name, folder / "envs" / name)
     for wheel in local_wheels(engine, settings):
-        copy = Path(shutil.copy(wheel, folder / "wheels" / wheel.name))
-        # The installer notes the file's time in the environment.
-        os.utime(copy, (images.epoch(engine), images.epoch(engine)))
+        shutil.copy(wheel, folder / "wheels" / wheel.name)
         print(f"taken from this machine: {wheel.name}")
 
 
@@ -150,12 +150,16 @@ def bud(tool: str, engine: str, base: str, context: Path, mounted: dict[str, Pat
     run([tool, "push", "--compression-format", "gzip", *fast, name, f"oci-archive:{archive}:latest"])
 
 
-def sandboxed(engine: str, base: str, context: Path, mounted: dict[str, Path], work: Path) -> Path:
-    """Build with Apptainer alone; return the folder that is the image."""
+@contextmanager
+def sandboxed(engine: str, base: str, context: Path, mounted: dict[str, Path], work: Path) -> Iterator[Path]:
+    """Build with Apptainer alone; the folder that is the image."""
     given = {"BASE_IMAGE": base, "ENGINE": engine, "LOCK_SHA256": images.inputs(engine)["lock_sha256"]}
     builder = sandbox.Builder(work, context, mounted, given)
     dockerfile = DOCKERFILE.read_text(encoding="utf-8")
-    return builder.build(dockerfile, images.labels(engine, base), insecure=on_loopback(base))
+    try:
+        yield builder.build(dockerfile, images.labels(engine, base), insecure=on_loopback(base))
+    finally:
+        builder.close()
 
 
 def on_loopback(base: str) -> bool:
@@ -224,13 +228,13 @@ def main() -> int:
     settings = pip_settings()
     archive.unlink(missing_ok=True)
     # Whole trees of files: beside the result rather than in /tmp, which may be small.
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=OUT) as name:
-        folder = Path(name)
+    with ExitStack() as opened:
+        folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix=".build-", dir=OUT)))
         context = folder / "context"
         make_context(engine, context, settings)
         mounted = secrets(folder, settings)
         if tool == "apptainer":
-            tree = sandboxed(engine, base, context, mounted, folder)
+            tree = opened.enter_context(sandboxed(engine, base, context, mounted, folder))
             source, described = str(tree), f"dir:{tree}"
         else:
             bud(tool, engine, base, context, mounted, archive)

@@ -79,6 +79,7 @@ class Builder:
         self.work, self.context, self.mounted, self.given = work, context, mounted, given
         self.defaults: dict[str, str] = {}
         self.stages: dict[str, Stage] = {}
+        self.all: list[Stage] = []
         self.exec = [*EXEC, *unprivileged()]
 
     def build(self, dockerfile: str, labels: Mapping[str, str], insecure: bool = False) -> Path:
@@ -121,17 +122,33 @@ class Builder:
         folder = self.work / (name or "last")
         if base in self.stages:
             before = self.stages[base]
-            call(["cp", "-a", "--reflink=auto", str(before.folder), str(folder)])
+            folder.mkdir()
+            # From inside, where files of other users than root have owners that this user may give and read.
+            copy = "tar --create --directory=/ --one-file-system --exclude=./mnt . | tar --extract --directory=/mnt -p"
+            self.inside(before, copy, bind=(folder, "/mnt"))
+            (folder / "mnt").mkdir(exist_ok=True)
             stage = Stage(folder, {}, dict(before.environment), dict(before.labels))
         else:
             flags = ["--no-https"] if insecure else []
             build = ["apptainer", "--quiet", "build", "--disable-cache", "--sandbox", *flags]
             call([*build, *unprivileged(), str(folder), f"docker://{base}"])
             stage = Stage(folder)
+        self.all.append(stage)
         if name:
             self.stages[name] = stage
         self.check(stage)
         return stage
+
+    def inside(self, stage: Stage, command: str, bind: tuple[Path, str] | None = None) -> None:
+        flags = ["--bind", f"{bind[0]}:{bind[1]}"] if bind else []
+        call([*self.exec, *flags, str(stage.folder), "/bin/sh", "-c", command], shown=False)
+
+    def close(self) -> None:
+        """Leave nothing that only a user of the image may remove."""
+        if os.geteuid() != 0:
+            for stage in self.all:
+                # Where /proc and /sys are mounted nothing can be changed, nor need it be.
+                self.inside(stage, "find / -xdev ! -uid 0 -exec chown --no-dereference 0:0 {} + 2>/dev/null; true")
 
     def check(self, stage: Stage) -> None:
         """Raise ImagesError unless a step sees nothing of the machine's /tmp, home and this build's own folder."""

@@ -270,6 +270,19 @@ def add_vllm_name(python: str) -> None:
         (folder / file).write_text(text, encoding="utf-8")
 
 
+def forget_times(folder: Path) -> None:
+    """Remove uv's notes of when a wheel of a local folder last changed: the same lock makes the same files."""
+    for note in folder.glob("lib/python*/site-packages/*.dist-info/uv_cache.json"):
+        record = note.with_name("RECORD")
+        lines = record.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if not line.startswith(f"{note.parent.name}/{note.name},")]
+        # Another file takes its name: this one may be a link into uv's cache.
+        part = record.with_suffix(".part")
+        part.write_text("".join(kept), encoding="utf-8")
+        part.replace(record)
+        note.unlink()
+
+
 @contextlib.contextmanager
 def alone(name: str) -> Iterator[None]:
     """Keep a second installer of the same environment waiting. Where a file system has no locks, go on without."""
@@ -304,6 +317,7 @@ def make(name: str) -> None:
             run(uv.pip_install(target, lock, *(source if lock == "torch-cpu.txt" else [])), uv.environment)
         if name == "cpu":
             add_vllm_name(python)
+        forget_times(folder)
         # Snakemake starts a Python for every job: without compiled files each one takes seconds longer.
         compile_all = (
             "import compileall, sysconfig; compileall.compile_dir(sysconfig.get_path('purelib'), quiet=2, workers=0)"

@@ -124,3 +124,16 @@ def test_an_environment_that_is_not_whole_is_made_anew(elsewhere: Path, harm: st
 def test_an_unknown_name_is_answered_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert install.main(["cpuu"]) == 2
     assert "controller" in capsys.readouterr().err
+
+
+def test_a_wheel_of_a_local_folder_leaves_no_note_of_its_time(tmp_path: Path) -> None:
+    kept, other = (tmp_path / f"lib/python3.11/site-packages/{name}-1.dist-info" for name in ("a", "b"))
+    for folder in (kept, other):
+        folder.mkdir(parents=True)
+        lines = [f"{folder.name}/{name},sha256=x,1\n" for name in ("METADATA", "uv_cache.json", "RECORD")]
+        (folder / "RECORD").write_text("".join(lines))
+    (kept / "uv_cache.json").write_text('{"timestamp": 1}')
+    install.forget_times(tmp_path)
+    assert not (kept / "uv_cache.json").exists()
+    assert (kept / "RECORD").read_text() == "a-1.dist-info/METADATA,sha256=x,1\na-1.dist-info/RECORD,sha256=x,1\n"
+    assert "uv_cache" in (other / "RECORD").read_text()
