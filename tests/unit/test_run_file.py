@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +65,16 @@ def test_what_is_staged_stays_staged_whatever_else_of_a_run_changes() -> None:
     core, mathematics = run_file.suite_keys(before[0].run)
     assert run_file.suite_keys(after[0].run)[0] == core
     assert run_file.suite_keys(after[0].run)[1] != mathematics
+
+
+def test_names_that_are_too_many_for_a_command_are_read_from_a_file(tmp_path: Path) -> None:
+    names = [f"results/runs/a-model-with-a-long-name-{number:05d}-0123456789ab/plan.json" for number in range(3000)]
+    assert sum(map(len, names)) > 128 * 1024
+    listed = run_file.write_list(tmp_path, names)
+    assert run_file.write_list(tmp_path, names) == listed
+    # The command fails by the first file that is not there, and not before bash could start it.
+    script = f'{shlex.quote(sys.executable)} -m reproval.plan table "@$LIST"'
+    workflow = str(config.BASE / "workflow")
+    environment = os.environ | {"LIST": str(listed), "PYTHONPATH": workflow}
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
+    assert names[0] in done.stderr

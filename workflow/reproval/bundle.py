@@ -576,7 +576,9 @@ def weights_needed(folder: Path, model: str) -> str | None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m reproval.bundle", description="Bundles of reproval.")
+    parser = argparse.ArgumentParser(
+        prog="python -m reproval.bundle", fromfile_prefix_chars="@", description="Bundles of reproval."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     maker = commands.add_parser("make", help="bundle evaluations")
     maker.add_argument("--results", type=Path, required=True)

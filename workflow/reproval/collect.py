@@ -340,7 +340,7 @@ def write_table(table: Sequence[dict[str, Any]], csv_path: Path, parquet_path: P
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m reproval.collect", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m reproval.collect", fromfile_prefix_chars="@", description=__doc__)
     parser.add_argument(
         "--results", type=Path, required=True, help="folder that the evaluations' units are relative to"
     )

@@ -42,7 +42,9 @@ def refuse_leaks(folder: Path, outside: Iterable[Path]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m reproval.export", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m reproval.export", fromfile_prefix_chars="@", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("format", choices=FORMATS)
     parser.add_argument(
         "--results", type=Path, required=True, help="folder that the evaluations' units are relative to"

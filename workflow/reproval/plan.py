@@ -288,7 +288,7 @@ def _row(plan: Plan) -> tuple[str, ...]:
 def main(arguments: list[str] | None = None) -> int:
     from reproval.run_file import RunFile
 
-    parser = argparse.ArgumentParser(prog="python -m reproval.plan", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m reproval.plan", fromfile_prefix_chars="@", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("make", help="Plan one run.")
     make.add_argument("--run", type=Path, required=True, help="The run: model, hardware, policy.")

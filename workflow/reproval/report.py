@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from reproval import report_html
     from reproval.report_markdown import render as markdown
 
-    parser = argparse.ArgumentParser(prog="python -m reproval.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m reproval.report", fromfile_prefix_chars="@", description=__doc__)
     parser.add_argument(
         "--results", type=Path, required=True, help="folder that the evaluations' units are relative to"
     )

@@ -858,7 +858,9 @@ def _write(reproduction: Reproduction, json_path: Path | None, markdown_path: Pa
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m reproval.reproduce", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m reproval.reproduce", fromfile_prefix_chars="@", description=__doc__.split("\n")[0]
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     judge = commands.add_parser("judge", help="judge evaluations against a reference or an unpacked bundle")
     against = judge.add_mutually_exclusive_group(required=True)

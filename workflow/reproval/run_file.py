@@ -7,7 +7,7 @@ Snakemake compares the content of small inputs, so a change to one model reruns 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import Field
@@ -79,6 +79,20 @@ def write_snapshot(folder: Path, runs: list[RunFile]) -> Path:
     """
     data = "".join(f"{entry.run.name}\t{entry.model_dump_json()}\n" for entry in runs).encode()
     path = folder / f"{sha256_bytes(data)[:16]}.jsonl"
+    if not path.exists():
+        with atomic(path, "wb") as stream:
+            stream.write(data)
+    return path
+
+
+def write_list(folder: Path, names: Sequence[str]) -> Path:
+    """Write names, one a line, to FOLDER/HASH.list unless it is there already; return its path. Raises OSError.
+
+    A command takes them as @FILE: with some thousand models they are longer than Linux lets one argument be (128 KiB),
+    and a command of Snakemake's is one argument of bash.
+    """
+    data = "".join(f"{name}\n" for name in names).encode()
+    path = folder / f"{sha256_bytes(data)[:16]}.list"
     if not path.exists():
         with atomic(path, "wb") as stream:
             stream.write(data)

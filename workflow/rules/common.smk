@@ -133,6 +133,16 @@ MANIFESTS = [
     *expand(f"{STORE}/manifests/suites/{{suite}}.json", suite=SUITES),
 ]
 
+# What targets over all runs read, as files that their commands name.
+LISTS = {
+    name: run_file.write_list(Path(".snakemake/reproval"), files)
+    for name, files in {
+        "evaluations": expand("results/runs/{run}/evaluation.json", run=RUNS),
+        "plans": expand("results/runs/{run}/plan.json", run=RUNS),
+        "manifests": MANIFESTS,
+    }.items()
+}
+
 # --- the environment of every job -------------------------------------------------------------------------------------
 
 # Caches follow HOME unless told, and HOME is the working directory in a container: keep them all in the store. No user
@@ -144,6 +154,7 @@ JOB_ENVIRONMENT = {
     "PYTHONSAFEPATH": 1,
     "REPROVAL_GIT": provenance.git_note(),
     "REPROVAL_SNAPSHOT": SNAPSHOT,
+    **{f"REPROVAL_{name.upper()}": path for name, path in LISTS.items()},
     "HF_HOME": Path(STORE).resolve() / "huggingface",
     "XDG_CACHE_HOME": CACHE,
     "VLLM_CACHE_ROOT": CACHE / "vllm",

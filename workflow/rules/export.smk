@@ -27,7 +27,7 @@ rule export_format:
         ),
     shell:
         'PYTHONPATH="$PYTHONPATH:"{params.packages:q} controller -m reproval.export {wildcards.format} --results results'
-        " --evaluations {input.evaluations:q} --manifests {input.manifests:q} {params.source} --out {output:q}"
+        ' --evaluations "@$REPROVAL_EVALUATIONS" --manifests "@$REPROVAL_MANIFESTS" {params.source} --out {output:q}'
         " 2>&1 | tee {log:q}"
 
 

@@ -47,4 +47,4 @@ rule plan:
     container:
         None
     shell:
-        "controller -m reproval.plan table {input:q} 2> {log:q}"
+        'controller -m reproval.plan table "@$REPROVAL_PLANS" 2> {log:q}'

@@ -12,7 +12,7 @@ rule collect:
     container:
         None
     shell:
-        "controller -m reproval.collect --results results --evaluations {input:q}"
+        'controller -m reproval.collect --results results --evaluations "@$REPROVAL_EVALUATIONS"'
         " --csv {output.csv:q} --parquet {output.parquet:q} 2> {log:q}"
 
 
@@ -32,6 +32,6 @@ rule report:
     container:
         None
     shell:
-        "controller -m reproval.report --results results --evaluations {input.evaluations:q}"
-        " --manifests {input.manifests:q}"
+        'controller -m reproval.report --results results --evaluations "@$REPROVAL_EVALUATIONS"'
+        ' --manifests "@$REPROVAL_MANIFESTS"'
         " --html {output.html:q} --markdown {output.markdown:q} --json {output.json:q} 2> {log:q}"

@@ -19,7 +19,7 @@ rule judge:
         margin=f"--margin {CONFIG.margin}" if CONFIG.margin else "",
     shell:
         "controller -m reproval.reproduce judge {params.against} --title {params.title} {params.margin}"
-        " --results results --evaluations {input.evaluations:q} --json {output.json:q} --markdown {output.markdown:q}"
+        ' --results results --evaluations "@$REPROVAL_EVALUATIONS" --json {output.json:q} --markdown {output.markdown:q}'
         " 2> {log:q}"
 
 
@@ -56,5 +56,6 @@ rule bundle:
         base=str(BASE),
         sbom=f"--sbom {shlex.quote(str(SBOM))}" if SBOM else "",
     shell:
-        "controller -m reproval.bundle make --results results --evaluations {input.evaluations:q}"
-        " --manifests {input.manifests:q} {params.sbom} --base {params.base:q} --out {output:q} 2>&1 | tee {log:q}"
+        'controller -m reproval.bundle make --results results --evaluations "@$REPROVAL_EVALUATIONS"'
+        ' --manifests "@$REPROVAL_MANIFESTS"'
+        " {params.sbom} --base {params.base:q} --out {output:q} 2>&1 | tee {log:q}"
