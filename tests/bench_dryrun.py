@@ -53,8 +53,8 @@ def write_project(folder: Path, models: int, tasks: int, local: bool) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
 
-def dry_run(folder: Path, target: str) -> tuple[float, float]:
-    """Seconds and peak resident memory in GiB of a dry run."""
+def dry_run(folder: Path, target: str) -> tuple[float, float, float]:
+    """Seconds, seconds of CPU and peak resident memory in GiB of a dry run."""
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(BASE / "Snakefile"), "--cores", "2"]
     command += ["--configfile", "config.yaml", "--dry-run", "--", target]
     begin = time.perf_counter()
@@ -65,7 +65,7 @@ def dry_run(folder: Path, target: str) -> tuple[float, float]:
     seconds = time.perf_counter() - begin
     if status != 0:
         sys.exit(f"the dry run failed:\n{printed[-4000:]}")
-    return seconds, usage.ru_maxrss / 2**20
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
 
 
 def main() -> None:
@@ -75,16 +75,16 @@ def main() -> None:
     parser.add_argument("--local", action="store_true")
     parser.add_argument("--target", default="all")
     options = parser.parse_args()
-    print(f"{'models':>8} {'tasks':>8} {'time':>10} {'peak memory':>14}")
+    print(f"{'models':>8} {'tasks':>8} {'time':>10} {'of CPU':>10} {'peak memory':>14}")
     few = None
     with tempfile.TemporaryDirectory() as temporary:
         for models in (10, options.models):
             folder = Path(temporary, str(models))
             write_project(folder, models, options.tasks, options.local)
-            seconds, peak = dry_run(folder, options.target)
-            ratio = f"   {seconds / few[0]:.1f} x the time, {peak / few[1]:.1f} x the memory" if few else ""
-            few = few or (seconds, peak)
-            print(f"{models:8,} {options.tasks:8,} {seconds:8.1f} s {peak:10.2f} GiB{ratio}", flush=True)
+            seconds, busy, peak = dry_run(folder, options.target)
+            ratio = f"   {busy / few[0]:.1f} x the time of CPU, {peak / few[1]:.1f} x the memory" if few else ""
+            few = few or (busy, peak)
+            print(f"{models:8,} {options.tasks:8,} {seconds:8.1f} s {busy:8.1f} s {peak:10.2f} GiB{ratio}", flush=True)
 
 
 if __name__ == "__main__":

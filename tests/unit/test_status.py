@@ -99,9 +99,9 @@ def evaluation(duration_s: float, **changes: Any) -> Evaluation:
         (Seen("r"), "to be planned", "snakemake stage"),
         (Seen("r", staged=True), "to be planned", "its facts"),
         (Seen("r", staged=True, facts=True), "to be planned", "its plan"),
-        (Seen("r", plan=plan()), "waits", ""),
+        (Seen("r", plan=plan()), "waiting", ""),
         (Seen("r", plan=plan(fits=False, ladder=[], advice="use 4 GPUs")), "cannot run", "use 4 GPUs"),
-        (Seen("r", plan=plan(), jobs=[Job(progress(), 5)]), "runs", "job 4711: core/arc, 1 of 4 tasks"),
+        (Seen("r", plan=plan(), jobs=[Job(progress(), 5)]), "running", "job 4711: core/arc, 1 of 4 tasks"),
         (Seen("r", plan=plan(), jobs=[Job(progress(), 3000)]), "vanished", "50 min"),
         (
             Seen("r", plan=plan(), jobs=[Job(progress(state="failed", message="out of memory"), 5, [attempt()])]),
@@ -142,7 +142,7 @@ def test_the_time_left_is_that_of_the_work_that_is_left() -> None:
 def test_shards_are_counted_together() -> None:
     done = Job(progress(state="finished", share=1.0, tasks_done=4), 500)
     line = judge(Seen("r", plan=plan(), shards=4, jobs=[done, Job(progress(share=0.5), 5)]))
-    assert line.state == "runs"
+    assert line.state == "running"
     assert "1 of 4 shards done" in line.note
     assert line.share == pytest.approx(1.5 / 4)
     # Half a shard, and two that have not begun.
@@ -168,7 +168,7 @@ def test_the_table_names_what_needs_somebody_first_and_adds_up_the_time() -> Non
     text = status.render([judge(run) for run in seen], 1.0)
     order = [text.index(name) for name in ("runs-1", "failed-1", "waits-1", "done-1")]
     assert order == sorted(order)
-    assert "5 runs: 2 runs, 1 failed, 1 waits, 1 done." in text
+    assert "5 runs: 2 running, 1 failed, 1 waiting, 1 done." in text
     assert "Left: 55 min 00 s of jobs; about 27 min 30 s with 2 at a time, as now." in text
     assert "1.8 GPU hours" in text
 
@@ -179,7 +179,7 @@ def test_of_a_thousand_runs_the_table_shows_those_that_need_somebody() -> None:
     text = status.render(lines, 1.0)
     assert "failed-1" in text
     assert "waits-7" not in text
-    assert "1,000 waits" in text
+    assert "1,000 waiting" in text
     assert len(text.splitlines()) < 20
 
 
@@ -194,12 +194,12 @@ def test_what_jobs_leave_on_disk_is_found(tmp_path: Path) -> None:
     name, results = entry.run.name, tmp_path / "results"
     assert judge(status.look(entry, results, time.time())).state == "to be planned"
     write_record(results / "runs" / name / "plan.json", plan())
-    assert judge(status.look(entry, results, time.time())).state == "waits"
+    assert judge(status.look(entry, results, time.time())).state == "waiting"
     work = results / "work" / name
     write_record(work / FILE, progress())
     write_record(work / "attempts.json", Attempts(attempts=[attempt()]))
     seen = status.look(entry, results, status.clock(results))
-    assert judge(seen).state == "runs"
+    assert judge(seen).state == "running"
     assert judge(seen).attempts == 1
     old = time.time() - 3600
     os.utime(work / FILE, (old, old))

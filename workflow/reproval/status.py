@@ -26,14 +26,14 @@ SILENCE_S = 9 * WRITE_S
 """A job that has not written its progress for so long has ended without a word, or its node has."""
 
 R = TypeVar("R", bound=Record)
-State = Literal["done", "runs", "failed", "interrupted", "vanished", "waits", "cannot run", "to be planned"]
+State = Literal["done", "running", "failed", "interrupted", "vanished", "waiting", "cannot run", "to be planned"]
 ORDER: tuple[State, ...] = (
-    "runs",
+    "running",
     "failed",
     "vanished",
     "interrupted",
     "cannot run",
-    "waits",
+    "waiting",
     "to be planned",
     "done",
 )
@@ -93,11 +93,11 @@ def judge(seen: Seen, pace: float = 1.0) -> Line:
     share, left = _left(seen, plan, live, pace)
     base = (seen.run, share, left, _gpus(plan), len(live), attempts)
     if live:
-        return _line("runs", base, "; ".join(_doing(job) for job in live) + _shards(seen))
+        return _line("running", base, "; ".join(_doing(job) for job in live) + _shards(seen))
     if (ended := _ended(seen.jobs)) is not None:
         return _line(ended[0], base, ended[1] + _shards(seen))
     begun = f"{100 * share:.0f} % kept from before" if share else ""
-    return _line("waits", base, begun + _shards(seen))
+    return _line("waiting", base, begun + _shards(seen))
 
 
 def _line(state: State, base: tuple[str, float, float | None, int, int, int], note: str) -> Line:
@@ -180,7 +180,7 @@ def render(lines: Sequence[Line], factor: float, *, most: int = 40) -> str:
     ordered = sorted(lines, key=lambda line: ORDER.index(line.state))
     shown = ordered
     if len(ordered) > most:
-        loud = [line for line in ordered if line.state not in ("waits", "to be planned", "done")]
+        loud = [line for line in ordered if line.state not in ("waiting", "to be planned", "done")]
         shown = loud[:most] or ordered[:most]
     rows = [
         (
