@@ -55,7 +55,7 @@ def load(**_):
 """
 
 
-def until(condition: Callable[[], Any], what: str, limit_s: float = 180) -> Any:
+def until(condition: Callable[[], Any], what: str, limit_s: float = 300) -> Any:
     """What `condition` gives once it is true."""
     end = time.monotonic() + limit_s
     while time.monotonic() < end:
@@ -194,21 +194,22 @@ def planned(slurm: Lab, tmp_path_factory: pytest.TempPathFactory) -> Project:
     poisoned = folder / "modules-of-the-caller"
     poisoned.mkdir()
     (poisoned / "yaml.py").write_text("raise RuntimeError('a module of the caller')")
-    sif = folder / "thin.sif"
+    # Where it stays as the folder is copied: another path would be another image to stage.
+    sif = tmp_path_factory.mktemp("image") / "thin.sif"
     binds = slurm.run(LAB / "thin-image", sif, CPU_PYTHON.parents[1])
     digest = slurm.run("sha256sum", sif).split()[0]
     config = {
         "models": {"smollm2": {"path": str(DEMO_MODEL), "dtype": "bfloat16"}},
         "suites": {"core": {"include_path": "tasks", "tasks": ["probe"]}},
         "hardware": {"gpus": 0, "host_memory_gib": 8, "cpus": 2},
-        "container": {"image": "thin.sif", "sif_sha256": digest},
+        "container": {"image": str(sif), "sif_sha256": digest},
     }
     (folder / "config.yaml").write_text(json.dumps(config))
     profile = yaml.safe_load((BASE / "profiles/slurm/config.yaml").read_text())
     # What a site sets, and what would make a test wait.
     profile["default-resources"] |= {"slurm_account": "lab", "slurm_partition": "main"}
     profile |= {"apptainer-args": binds, "latency-wait": 5, "seconds-between-status-checks": 2}
-    profile |= {"slurm-init-seconds-before-status-checks": 2}
+    profile |= {"slurm-init-seconds-before-status-checks": 2, "precommand": ". /etc/profile && touch prepared"}
     (folder / "profiles/mine").mkdir(parents=True)
     (folder / "profiles/mine/config.yaml").write_text(yaml.safe_dump(profile))
     project = Project(folder, slurm)
@@ -232,6 +233,7 @@ def test_only_counting_requests_and_evaluating_are_jobs(planned: Project) -> Non
     assert facts["Comment"].startswith("rule_find_facts")
     assert facts["State"] == "COMPLETED"
     assert "gres/gpu" not in facts["ReqTRES"]
+    assert (planned.folder / "prepared").exists()
 
 
 def test_a_job_has_the_resources_of_its_plan_and_gives_the_scores_of_a_run_without_slurm(
