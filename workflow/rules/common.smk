@@ -143,6 +143,20 @@ LISTS = {
     }.items()
 }
 
+
+# A site's settings of `evaluate` (partition, GPU, account) hold for the job that looks at its machines. Those that are
+# expressions have no value outside of a job (Snakemake's own default of tmpdir is one).
+def of_site(resources):
+    found = {}
+    for name, value in (resources or {}).items():
+        with suppress(ValueError):
+            found[name] = getattr(value, "value", value)
+    return found
+
+
+SITE = of_site(workflow.resource_settings.overwrite_resources.get("evaluate"))
+DEFAULTS = of_site(workflow.resource_settings.default_resources)
+
 # --- the environment of every job -------------------------------------------------------------------------------------
 
 # Caches follow HOME unless told, and HOME is the working directory in a container: keep them all in the store. No user

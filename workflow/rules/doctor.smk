@@ -3,20 +3,6 @@
 from contextlib import suppress
 
 
-# A site's settings of `evaluate` (partition, GPU, account) hold for the job that looks at its machines. Those that are
-# expressions have no value outside of a job (Snakemake's own default of tmpdir is one).
-def of_site(resources):
-    found = {}
-    for name, value in (resources or {}).items():
-        with suppress(ValueError):
-            found[name] = getattr(value, "value", value)
-    return found
-
-
-SITE = of_site(workflow.resource_settings.overwrite_resources.get("evaluate"))
-DEFAULTS = of_site(workflow.resource_settings.default_resources)
-
-
 rule doctor_head:
     output:
         "results/doctor/head.json",
