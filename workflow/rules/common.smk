@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+from contextlib import suppress
 
 from snakemake.deployment.singularity import Singularity
 from snakemake.exceptions import WorkflowError

@@ -1,7 +1,5 @@
 # The traps that cost GPU hours, looked for where Snakemake was started and where evaluations run.
 
-from contextlib import suppress
-
 
 rule doctor_head:
     output:
