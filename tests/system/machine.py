@@ -17,6 +17,21 @@ BASE = Path(__file__).resolve().parents[2]
 LAB = Path(__file__).resolve().parent / "lab"
 CPU_PYTHON = BASE / ".env/cpu/bin/python"
 DEMO_MODEL = BASE / "resources/demo/SmolLM2-135M-Instruct"
+PROBE_TASK = """
+task: probe
+custom_dataset: !function probe.load
+test_split: test
+output_type: multiple_choice
+doc_to_text: "The opposite of {{word}} is"
+doc_to_choice: choices
+doc_to_target: answer
+target_delimiter: ""
+metric_list:
+  - metric: acc
+metadata:
+  version: 1.0
+"""
+"""A task for lm-eval whose data come from probe.py beside it, which each test writes to see what it wants to."""
 
 
 def is_debian_12_with_root() -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from machine import BASE, CPU_PYTHON, DEMO_MODEL, LAB, Lab, lab
+from machine import BASE, CPU_PYTHON, DEMO_MODEL, LAB, PROBE_TASK, Lab, lab
 
 __all__ = ["lab"]
 
@@ -52,20 +52,6 @@ def load(**_):
     rows = [{"word": "up", "choices": [" down", " left"], "answer": 0}]
     return datasets.DatasetDict({"test": datasets.Dataset.from_list(rows * 2)})
 """
-TASK = """
-task: probe
-custom_dataset: !function probe.load
-test_split: test
-output_type: multiple_choice
-doc_to_text: "The opposite of {{word}} is"
-doc_to_choice: choices
-doc_to_target: answer
-target_delimiter: ""
-metric_list:
-  - metric: acc
-metadata:
-  version: 1.0
-"""
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +75,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "resources/models").mkdir(parents=True)
     (tasks / "probe.py").write_text(f"PLACES = {places!r}\n{PROBE}")
-    (tasks / "probe.yaml").write_text(TASK)
+    (tasks / "probe.yaml").write_text(PROBE_TASK)
     return folder
 
 

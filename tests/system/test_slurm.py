@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
-from machine import BASE, CPU_PYTHON, DEMO_MODEL, LAB, Lab, is_debian_12_with_root, lab
+from machine import BASE, CPU_PYTHON, DEMO_MODEL, LAB, PROBE_TASK, Lab, is_debian_12_with_root, lab
 
 from reproval.files import read_record, write_record
 from reproval.records import Evaluation, Facts, Plan
@@ -26,20 +26,6 @@ from reproval.records import Evaluation, Facts, Plan
 __all__ = ["lab"]
 
 CONTROLLER = BASE / ".env/controller/bin/snakemake"
-TASK = """
-task: probe
-custom_dataset: !function probe.load
-test_split: test
-output_type: multiple_choice
-doc_to_text: "The opposite of {{word}} is"
-doc_to_choice: choices
-doc_to_target: answer
-target_delimiter: ""
-metric_list:
-  - metric: acc
-metadata:
-  version: 1.0
-"""
 PROBE = """
 import json, os, sys, time
 from pathlib import Path
@@ -190,7 +176,7 @@ def planned(slurm: Lab, tmp_path_factory: pytest.TempPathFactory) -> Project:
     folder = tmp_path_factory.mktemp("planned")
     (folder / "tasks").mkdir()
     (folder / "tasks/probe.py").write_text(PROBE)
-    (folder / "tasks/probe.yaml").write_text(TASK)
+    (folder / "tasks/probe.yaml").write_text(PROBE_TASK)
     poisoned = folder / "modules-of-the-caller"
     poisoned.mkdir()
     (poisoned / "yaml.py").write_text("raise RuntimeError('a module of the caller')")

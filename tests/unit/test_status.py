@@ -198,15 +198,15 @@ def test_what_jobs_leave_on_disk_is_found(tmp_path: Path) -> None:
     work = results / "work" / name
     write_record(work / FILE, progress())
     write_record(work / "attempts.json", Attempts(attempts=[attempt()]))
-    seen = status.look(entry, results, status.clock(results))
+    seen = status.look(entry, results, time.time())
     assert judge(seen).state == "running"
     assert judge(seen).attempts == 1
     old = time.time() - 3600
     os.utime(work / FILE, (old, old))
-    assert judge(status.look(entry, results, status.clock(results))).state == "vanished"
+    assert judge(status.look(entry, results, time.time())).state == "vanished"
     # Divided over three jobs since then.
     write_record(work / "2-of-3" / FILE, progress(share=0.5))
-    seen = status.look(entry, results, status.clock(results))
+    seen = status.look(entry, results, time.time())
     assert (seen.shards, len(seen.jobs)) == (3, 1)
     write_record(results / "runs" / name / "evaluation.json", evaluation(10))
     assert judge(status.look(entry, results, time.time())).state == "done"

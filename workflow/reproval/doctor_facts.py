@@ -30,7 +30,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field
 
 from reproval import memory, provenance
-from reproval.files import write_record
+from reproval.files import file_time, write_record
 from reproval.records import Part, Record
 
 Role = Literal["head", "node", "engine"]
@@ -104,7 +104,7 @@ class Gathered(Record):
 def gather(role: Role, results: Path, store: Path, env: Mapping[str, str] = os.environ) -> Gathered:
     """Look around. Starts no engine, allocates nothing on a GPU, and removes what it writes."""
     results.mkdir(parents=True, exist_ok=True)
-    stamped = _stamp(results)
+    stamped = file_time(results)
     facts: dict[str, Any] = {
         "role": role,
         "node": platform.node(),
@@ -161,16 +161,6 @@ def ipc_trouble(folder: Path) -> str | None:
             return error.strerror or str(error)
         path.unlink()
     return None
-
-
-def _stamp(folder: Path) -> float | None:
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".clock-") as stream:
-            stream.write(b".")
-            stream.flush()
-            return Path(stream.name).stat().st_mtime
-    except OSError:
-        return None
 
 
 def _memory() -> dict[str, Any]:

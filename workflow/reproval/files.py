@@ -86,3 +86,17 @@ def sha256_json(value: Any) -> str:
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return sha256_bytes(text.encode("utf-8"))
+
+
+def file_time(folder: Path) -> float | None:
+    """The time by the clock that stamps files in `folder`, which on a shared file system is the server's.
+
+    None if nothing can be written there.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".clock-") as stream:
+            stream.write(b".")
+            stream.flush()
+            return Path(stream.name).stat().st_mtime
+    except OSError:
+        return None

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from reproval.files import RecordError, read_record
+from reproval.files import RecordError, file_time, read_record
 from reproval.progress import ENGINE_START, FILE, WRITE_S
 from reproval.records import Attempt, Attempts, Evaluation, JobProgress, Plan, Record
 from reproval.run_file import RunFile, every, model_key, suite_keys
@@ -225,17 +224,6 @@ def summary(lines: Sequence[Line], factor: float) -> str:
 # --- gathering -------------------------------------------------------------------------------------------------------
 
 
-def clock(folder: Path) -> float:
-    """The time by the clock that stamps files in `folder`, which on a shared file system is the server's."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".clock-") as stream:
-            stream.write(b".")
-            stream.flush()
-            return Path(stream.name).stat().st_mtime
-    except OSError:
-        return time.time()
-
-
 def look(run: RunFile, results: Path, now: float) -> Seen:
     """Everything that `judge` needs to know of one run. A record of another version counts as not there."""
     name, store = run.run.name, Path(run.store)
@@ -287,7 +275,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True)
     options = parser.parse_args()
     work = options.results / "work"
-    now = clock(work) if work.is_dir() else time.time()
+    now = file_time(work) or time.time()
     seen = [look(entry, options.results, now) for entry in every(options.snapshot)]
     factor = pace(seen)
     print(render([judge(run, factor) for run in seen], factor))
