@@ -229,8 +229,10 @@ def test_a_job_has_the_resources_of_its_plan_and_gives_the_scores_of_a_run_witho
     shutil.copytree(planned.folder, direct.folder, symlinks=True)
     binds = yaml.safe_load((direct.folder / "profiles/mine/config.yaml").read_text())["apptainer-args"]
     direct.run("--cores", "2", "--use-singularity", f"--singularity-args={binds}", "--", direct.target)
-    # A CPU plan asks for no GPU; two pretended ones show that a job sees all that it asked for.
-    project.run("--profile", "profiles/mine", "--set-resources", "evaluate:gpu=2", "--", project.target)
+    # A CPU plan asks for no GPU. Two pretended ones, for which the limit has to be raised, show that a job sees all of
+    # what it asked for.
+    two = ["--resources", "gpu=2", "--set-resources", "evaluate:gpu=2"]
+    project.run("--profile", "profiles/mine", *two, "--", project.target)
 
     (job,) = jobs_of(project)
     plan = read_record(project.plan, Plan)
