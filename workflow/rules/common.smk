@@ -63,13 +63,14 @@ TIERS = str(folders.resolve(CONFIG.tiers, Path.cwd(), BASE))
 
 
 # On one machine a GPU serves one job at a time unless --resources gpu=N says that there are more. The scope is local:
-# a scheduler's queue is not held back by it.
-if "gpu" not in workflow.global_resources:
-    workflow.global_resources["gpu"] = max(CONFIG.hardware.gpus, 1)
-if CONFIG.hardware.jobs_per_gpu > 1:
-    # Shares of GPUs are counted instead.
-    SHARES = workflow.global_resources["gpu"].value * CONFIG.hardware.jobs_per_gpu
-    workflow.global_resources["gpu"] = workflow.global_resources["gpu_share"] = SHARES
+# a scheduler's queue is not held back by it, and a job on a node has all that the scheduler gave it.
+if not workflow.remote_exec:
+    if "gpu" not in workflow.global_resources:
+        workflow.global_resources["gpu"] = max(CONFIG.hardware.gpus, 1)
+    if CONFIG.hardware.jobs_per_gpu > 1:
+        # Shares of GPUs are counted instead.
+        SHARES = workflow.global_resources["gpu"].value * CONFIG.hardware.jobs_per_gpu
+        workflow.global_resources["gpu"] = workflow.global_resources["gpu_share"] = SHARES
 
 
 resource_scopes:
