@@ -39,20 +39,21 @@ def done(project: Path, snakemake: Snakemake) -> Path:
     staged = snakemake(project, "--configfile", CONFIG, "--", "stage")
     assert staged.returncode == 0, staged.stdout
     interrupt_when_tasks_run(project)
-    assert engines() == []
+    assert engines(project) == []
     finished = snakemake(project, "--configfile", CONFIG, prefix=without_network())
     assert finished.returncode == 0, finished.stdout
     assert finished.stdout.count(f"Report: {project.resolve()}/results/report.html") == 1
     return project
 
 
-def engines() -> list[int]:
-    """Processes that an engine's supervisor has marked as its own."""
+def engines(project: Path) -> list[int]:
+    """Processes in this working directory that an engine's supervisor has marked as its own."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                marked = b"\0REPROVAL_RUN=" in b"\0" + (entry / "environ").read_bytes()
+                here = (entry / "cwd").readlink() == project.resolve()
+                marked = here and b"\0REPROVAL_RUN=" in b"\0" + (entry / "environ").read_bytes()
             except OSError:
                 continue
             if marked:
