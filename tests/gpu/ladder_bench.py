@@ -31,10 +31,11 @@ MIB, GIB = 2**20, 2**30
 NEIGHBOUR = """
 import sys, time, torch
 leave, seconds = int(sys.argv[1]), float(sys.argv[2])
-torch.cuda.init()
+torch.empty(1, device="cuda")
 held = []
+print("ready", flush=True)
+sys.stdin.readline()
 end = time.monotonic() + seconds
-print("holding", flush=True)
 while time.monotonic() < end:
     free = torch.cuda.mem_get_info()[0]
     if free > leave + 2**24:
@@ -48,32 +49,34 @@ while time.monotonic() < end:
 
 @dataclass(frozen=True)
 class Case:
-    """`first`: settings of the bad rung that differ from the plan's. `at`: text of the log at which a neighbour takes
-    all but `leave` bytes for `seconds`; an empty text means before the engine starts."""
+    """`first`: settings of the bad rung that differ from the plan's; `then`: those of the next one.
+
+    `at`: texts of the log, in this order, after which a neighbour takes all but `leave` bytes for `seconds`; without a
+    text it does so before the engine starts, and with None there is no neighbour.
+    """
 
     expected: str
     first: dict[str, Any]
-    at: str | None = None
+    at: tuple[str, ...] | None = None
     leave: int = 0
-    seconds: float = 20.0
+    seconds: float = 10.0
     then: dict[str, Any] = field(default_factory=dict)
 
 
 CASES = {
     "kv_below_one_request": Case("kv_below_one_request", {"kv_cache_memory_bytes": 4 * MIB}),
     "no_kv_room": Case(
-        "no_kv_room", {"kv_cache_memory_bytes": 60 * GIB, "gpu_memory_utilization": 0.1}, "", 40 * GIB, 45.0
+        "no_kv_room", {"kv_cache_memory_bytes": 60 * GIB, "gpu_memory_utilization": 0.1}, (), 40 * GIB, 45.0
     ),
-    "gpu_busy": Case("gpu_busy", {"gpu_memory_utilization": 0.9}, "", 20 * GIB, 45.0),
+    "gpu_busy": Case("gpu_busy", {"gpu_memory_utilization": 0.9}, (), 20 * GIB, 45.0),
     "weights_too_big": Case(
         "weights_too_big",
         {"gpu_memory_utilization": 0.001, "kv_cache_memory_bytes": GIB},
-        "Starting to load model",
-        0,
-        then={"dtype": "float16"},
+        ("Starting to load model",),
+        then={"quantization": "fp8"},
     ),
-    "graph_capture": Case("graph_capture", {"enforce_eager": False}, "KV cache size:", 0, 60.0),
-    "running": Case("running", {}, "init engine (profile", 0, then={"max_num_batched_tokens": 512}),
+    "graph_capture": Case("graph_capture", {"enforce_eager": False}, ("KV cache size:", "Capturing CUDA graphs")),
+    "running": Case("running", {}, ("init engine (profile",), then={"max_num_batched_tokens": 512}),
 }
 
 
@@ -86,44 +89,50 @@ def provoked(plan: dict[str, Any], case: Case) -> None:
 
 
 class Neighbour(threading.Thread):
-    """Takes the GPU's memory once the log holds a text, for a while."""
+    """Another process on the GPU, which takes its memory once the log holds the case's texts."""
 
     def __init__(self, case: Case, log: Path) -> None:
         super().__init__(daemon=True)
-        self.case, self.log = case, log
-        self.process: subprocess.Popen[str] | None = None
+        self.texts = [text.encode() for text in case.at or ()]
+        self.log = log
         self.ended = threading.Event()
-
-    def hold(self) -> None:
-        """Start the process; returns once it has initialized CUDA and begins to take memory at the text."""
         self.process = subprocess.Popen(
-            [sys.executable, "-c", NEIGHBOUR, str(self.case.leave), str(self.case.seconds)],
+            [sys.executable, "-c", NEIGHBOUR, str(case.leave), str(case.seconds)],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         assert self.process.stdout
-        self.process.stdout.readline()
+        self.process.stdout.readline()  # CUDA is initialized: from now on memory is taken in milliseconds.
+
+    def reached(self) -> bool:
+        with suppress(OSError):
+            rest = self.log.read_bytes()
+            for text in self.texts:
+                _, found, rest = rest.partition(text)
+                if not found:
+                    return False
+            return True
+        return not self.texts
 
     def run(self) -> None:
-        while not self.ended.wait(0.01):
-            with suppress(OSError):
-                if str(self.case.at).encode() in self.log.read_bytes():
-                    self.hold()
-                    return
+        while not self.reached():
+            if self.ended.wait(0.005):
+                return
+        assert self.process.stdin
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
 
     def end(self) -> None:
         self.ended.set()
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
+        self.process.kill()
+        self.process.wait()
 
 
 def attempt(name: str, case: Case, run: Path, results: Path, options: argparse.Namespace) -> dict[str, Any]:
     log = results / "engine.log"
-    neighbour = Neighbour(case, log)
-    if case.at == "":
-        neighbour.hold()
-    elif case.at is not None:
+    neighbour = None if case.at is None else Neighbour(case, log)
+    if neighbour:
         neighbour.start()
     begin = time.monotonic()
     process = jobs.job(options, run, results, lambda plan: provoked(plan, case))
@@ -133,7 +142,8 @@ def attempt(name: str, case: Case, run: Path, results: Path, options: argparse.N
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=60)
     finally:
-        neighbour.end()
+        if neighbour:
+            neighbour.end()
     (history,) = results.glob("results/work/*/attempts.json")
     attempts = json.loads(history.read_text(encoding="utf-8"))["attempts"]
     if options.logs:
