@@ -78,11 +78,7 @@ def write_snapshot(folder: Path, runs: list[RunFile]) -> Path:
     A line is a run's name, a tab, and its record: with thousands of runs, a job that takes out one reads no other.
     """
     data = "".join(f"{entry.run.name}\t{entry.model_dump_json()}\n" for entry in runs).encode()
-    path = folder / f"{sha256_bytes(data)[:16]}.jsonl"
-    if not path.exists():
-        with atomic(path, "wb") as stream:
-            stream.write(data)
-    return path
+    return _by_content(folder, "jsonl", data)
 
 
 def write_list(folder: Path, names: Sequence[str]) -> Path:
@@ -92,7 +88,11 @@ def write_list(folder: Path, names: Sequence[str]) -> Path:
     and a command of Snakemake's is one argument of bash.
     """
     data = "".join(f"{name}\n" for name in names).encode()
-    path = folder / f"{sha256_bytes(data)[:16]}.list"
+    return _by_content(folder, "list", data)
+
+
+def _by_content(folder: Path, kind: str, data: bytes) -> Path:
+    path = folder / f"{sha256_bytes(data)[:16]}.{kind}"
     if not path.exists():
         with atomic(path, "wb") as stream:
             stream.write(data)
