@@ -1,11 +1,11 @@
 """Batch-invariant evaluations of one model, at different batch settings and interrupted, compared bit for bit.
 
-    python tests/gpu/batch_invariant.py --model FOLDER --gpu-memory-gib 79.6
+    python tests/gpu/batch_invariant.py --model FOLDER --mmlu DATA/mmlu --gpu-memory-gib 79.6
 
-Evaluation jobs of the demo's suites: as planned; with small batches; killed by SIGKILL once half of its requests are
-done, and started again; and, to compare, without batch-invariant mode at the two batch settings. Printed: which scores
-and samples differ. Exit code 1 if any differ in batch-invariant mode. `--cpu` rehearses on the CPU engine, which has no
-such mode: there the exit code means nothing.
+Evaluation jobs of the demo's suite, and of MMLU 5-shot where --mmlu names it: as planned; with small batches; killed by
+SIGKILL once half of its requests are done, and started again; and, to compare, without batch-invariant mode at the two
+batch settings. Printed: which scores and samples differ. Exit code 1 if any differ in batch-invariant mode. `--cpu`
+rehearses on the CPU engine, which has no such mode: there the exit code means nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jobs
+import local_mmlu
 
 SMALL = {"max_num_batched_tokens": 512, "max_num_seqs": 16, "submit_batch": 64}
 
@@ -79,11 +80,18 @@ def differing(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     jobs.add_arguments(parser)
-    parser.add_argument("--tasks", default="demo_opposites,demo_endings,demo_counting,demo_prose")
+    parser.add_argument("--mmlu", type=Path, help="folder with test/ and dev/ of JSON lines")
+    parser.add_argument("--questions", type=int, default=30, help="of each subject of MMLU")
     options = parser.parse_args()
-    suites = {"demo": {"include_path": str(jobs.REPO / "config/demo/tasks"), "tasks": options.tasks.split(",")}}
     failed = False
     with tempfile.TemporaryDirectory(prefix="batch-invariant-") as temporary:
+        suites = jobs.demo()
+        if options.mmlu:
+            tasks = Path(temporary) / "tasks"
+            tasks.mkdir()
+            local_mmlu.write(tasks, options.mmlu.resolve())
+            suites["mmlu"] = {"include_path": str(tasks), "tasks": [local_mmlu.GROUP], "num_fewshot": 5}
+            suites["mmlu"]["limit"] = options.questions
         for mode in (True, False):
             folder = Path(temporary) / str(mode)
             folder.mkdir()

@@ -21,41 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jobs
-import yaml
-
-GROUP = "local_mmlu"
-PROMPT = "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nD. {{choices[3]}}\nAnswer:"
-
-
-def write_tasks(folder: Path, mmlu: Path) -> None:
-    """MMLU as lm-eval has it, a task for each subject, from FOLDER/{dev,test}/SUBJECT.jsonl."""
-    names = []
-    for path in sorted((mmlu / "test").glob("*.jsonl")):
-        names.append(f"local_{path.stem}")
-        task = {
-            "task": names[-1],
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(path), "dev": str(mmlu / "dev" / path.name)}},
-            "test_split": "test",
-            "fewshot_split": "dev",
-            "fewshot_config": {"sampler": "first_n"},
-            "output_type": "multiple_choice",
-            "description": "The following are multiple choice questions (with answers) about "
-            f"{path.stem.replace('_', ' ')}.\n\n",
-            "doc_to_text": PROMPT,
-            "doc_to_choice": ["A", "B", "C", "D"],
-            "doc_to_target": "answer",
-            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-            "metadata": {"version": 1.0},
-        }
-        (folder / f"{names[-1]}.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
-    group = {
-        "group": GROUP,
-        "task": names,
-        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
-        "metadata": {"version": 1.0},
-    }
-    (folder / "_group.yaml").write_text(yaml.safe_dump(group), encoding="utf-8")
+import local_mmlu
 
 
 def timed(command: list[str], folder: Path, log: Path, limit: float) -> float:
@@ -71,7 +37,7 @@ def timed(command: list[str], folder: Path, log: Path, limit: float) -> float:
 
 def ours(options: argparse.Namespace, folder: Path, tasks: Path) -> tuple[float, dict[str, float], dict[str, Any]]:
     """(seconds, accuracy by task, the evaluation record) of the workflow."""
-    suite = {"tasks": [GROUP], "include_path": str(tasks), "num_fewshot": 5}
+    suite = {"tasks": [local_mmlu.GROUP], "include_path": str(tasks), "num_fewshot": 5}
     if options.questions:
         suite["limit"] = options.questions
     command = [*jobs.snakemake(options, folder, {"mmlu": suite}), "collect"]
@@ -94,7 +60,16 @@ def stock(
     }
     if options.cpu:
         arguments["kv_cache_memory_bytes"] = settings["kv_cache_memory_bytes"]
-    command = [*shlex.split(options.lm_eval), "run", "--model", "vllm", "--tasks", GROUP, "--num_fewshot", "5"]
+    command = [
+        *shlex.split(options.lm_eval),
+        "run",
+        "--model",
+        "vllm",
+        "--tasks",
+        local_mmlu.GROUP,
+        "--num_fewshot",
+        "5",
+    ]
     command += ["--model_args", ",".join(f"{name}={value}" for name, value in arguments.items())]
     command += ["--include_path", str(tasks), "--batch_size", "auto", "--output_path", str(folder / "stock")]
     command += ["--limit", str(options.questions)] if options.questions else []
@@ -114,7 +89,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="end-to-end-") as temporary:
         folder = Path(temporary)
         (folder / "tasks").mkdir()
-        write_tasks(folder / "tasks", options.mmlu.resolve())
+        local_mmlu.write(folder / "tasks", options.mmlu.resolve())
         seconds, scores, evaluation = ours(options, folder, folder / "tasks")
         settings = evaluation["attempts"][-1]["settings"]
         print(f"ours: {seconds:.1f} s, of which the evaluation job {evaluation['duration_s']:.1f} s", flush=True)

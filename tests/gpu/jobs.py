@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 REPO = Path(__file__).resolve().parents[2]
+DEMO_TASKS = ("demo_opposites", "demo_endings", "demo_counting", "demo_prose")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpu", action="store_true", help="the CPU engine, to rehearse")
     parser.add_argument("--limit", type=float, default=200, help="seconds for one job")
     parser.add_argument("--snakemake", default="snakemake", help="the command that starts Snakemake")
+
+
+def demo(*tasks: str) -> dict[str, Any]:
+    """The suites of a configuration: the demo's tasks, or these of them."""
+    return {"demo": {"include_path": str(REPO / "config/demo/tasks"), "tasks": list(tasks or DEMO_TASKS)}}
 
 
 def snakemake(options: argparse.Namespace, folder: Path, suites: dict[str, Any], **more: Any) -> list[str]:

@@ -169,8 +169,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory(prefix="ladder-") as temporary:
         folder = Path(temporary)
-        suite = {"include_path": str(jobs.REPO / "config/demo/tasks"), "tasks": ["demo_opposites", "demo_prose"]}
-        run = jobs.planned(options, folder, {"demo": suite})
+        run = jobs.planned(options, folder, jobs.demo("demo_opposites", "demo_prose"))
         for name in options.cases.split(","):
             row = attempt(name, CASES[name], run, folder / "provoked" / name, options)
             rows.append(row)

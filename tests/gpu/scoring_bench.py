@@ -6,7 +6,8 @@ Both sides run in one process on one engine, with the prefix cache emptied befor
 with dummy weights, so only their times and memory mean something. Each model is a process group of its own with a
 time limit. `--probe` compares edge cases instead, in about a minute; `--rehearse` runs everything in tiny counts.
 `--processes N` divides MMLU among N engines that run at once on the one GPU: for the differences over all of it, since
-stock alone keeps one core busy and the GPU idle; the seconds of such rows are those of a shared machine.
+stock alone keeps one core busy and the GPU idle; the seconds of such rows are those of a shared machine. Engines that
+share a GPU need `--cache-gib`.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False, "hidden_act": "silu", "attention_bias": False,
     },
 }  # fmt: skip
-CASES = ("mmlu5", "arc25", "arc25_fixed", "zero1", "hellaswag", "lambada", "gsm8k", "perplexity")
+CASES = ("mmlu5", "mmlu_continuation", "arc25", "arc25_fixed", "zero1", "hellaswag", "lambada", "gsm8k", "perplexity")
 # Sides beside ours and stock: where nobody reads is_greedy, rows can be read in two ways; "ours" chooses itself.
 MORE_SIDES = {"perplexity": ["ours_ids", "ours_mixed"]}
 DIFFERENCES = ("max_difference", "max_relative", "different_values", "changed_answers", "changed_greedy", "of")
@@ -86,29 +87,32 @@ def choices_of(task: str, number: int, context: str, choices: list[str]) -> list
     return [Instance("loglikelihood", {}, (context, c), i, (task, number, 1)) for i, c in enumerate(choices)]
 
 
-def mmlu(questions: int, writer: Writer, options: argparse.Namespace) -> list[Any]:
-    """5 shots in lm-eval's layout. `questions` 0: all; else as many from each subject as make up the number.
+def mmlu(questions: int, letters: bool, writer: Writer, options: argparse.Namespace) -> list[Any]:
+    """5 shots in lm-eval's layout, choices as letters (mmlu) or as their texts (mmlu_continuation).
 
-    The questions of a subject share its shots: a few of each subject share less than all of some subjects, which
-    `--subjects` takes. Of several processes, each takes a part of every subject.
+    `questions` 0: all; else as many from each subject as make up the number. The questions of a subject share its
+    shots: a few of each subject share less than all of some subjects, which `--subjects` takes. Of several processes,
+    each takes a part of every subject.
     """
     folder = options.mmlu
-    letters = "ABCD"
     requests: list[Any] = []
     if folder is None:
         for number in range(questions or 1000):
             if number % 250 == 0:
                 shots = writer.text(650)
-            requests += choices_of("mmlu", number, shots + writer.text(110), [f" {letter}" for letter in letters])
+            choices = [f" {letter}" if letters else writer.text(8) for letter in "ABCD"]
+            requests += choices_of("mmlu", number, shots + writer.text(110), choices)
         return requests
 
+    def choices_of_row(row: dict[str, Any]) -> list[str]:
+        return [f" {choice}" for choice in ("ABCD" if letters else row["choices"])]
+
     def shown(row: dict[str, Any], answered: bool) -> str:
-        lines = [
-            row["question"].strip(),
-            *(f"{a}. {c}" for a, c in zip(letters, row["choices"], strict=True)),
-            "Answer:",
-        ]
-        return "\n".join(lines) + (f" {letters[row['answer']]}\n\n" if answered else "")
+        question = row["question"].strip()
+        lines = [f"Question: {question}", "Answer:"]
+        if letters:
+            lines = [question, *(f"{a}. {c}" for a, c in zip("ABCD", row["choices"], strict=True)), "Answer:"]
+        return "\n".join(lines) + (f"{choices_of_row(row)[row['answer']]}\n\n" if answered else "")
 
     subjects = sorted((folder / "test").glob("*.jsonl"))
     if options.subjects:
@@ -116,7 +120,8 @@ def mmlu(questions: int, writer: Writer, options: argparse.Namespace) -> list[An
     for index, path in enumerate(subjects):
         name = path.stem.replace("_", " ")
         dev = [json.loads(line) for line in (folder / "dev" / path.name).open(encoding="utf-8")]
-        head = f"The following are multiple choice questions (with answers) about {name}.\n\n"
+        kind = "multiple choice questions" if letters else "questions"
+        head = f"The following are {kind} (with answers) about {name}.\n\n"
         shots = head + "".join(shown(row, True) for row in dev[:5])
         rows = [json.loads(line) for line in path.open(encoding="utf-8")]
         if questions:
@@ -125,7 +130,7 @@ def mmlu(questions: int, writer: Writer, options: argparse.Namespace) -> list[An
             if number % options.processes != options.part:
                 continue
             context = shots + shown(row, False)
-            requests += choices_of(f"mmlu_{path.stem}", number, context, [f" {letter}" for letter in letters])
+            requests += choices_of(f"mmlu_{path.stem}", number, context, choices_of_row(row))
     return requests
 
 
@@ -134,8 +139,8 @@ def work(case: str, count: int, writer: Writer, options: argparse.Namespace, max
     from lm_eval.api.instance import Instance
 
     requests: list[Any] = []
-    if case == "mmlu5":
-        return "loglikelihood", mmlu(count, writer, options)
+    if case in ("mmlu5", "mmlu_continuation"):
+        return "loglikelihood", mmlu(count, case == "mmlu5", writer, options)
     if case in ("arc25", "arc25_fixed"):
         # lm-eval draws ARC's shots anew for every question; a task with fixed shots shares them.
         shots = [writer.text(75) + "\n\n" for _ in range(100)]
@@ -182,20 +187,16 @@ class PeakMemory:
 
     def _watch(self) -> None:
         import psutil
+        import torch
+
+        from reproval.memory import Gpus
 
         process = psutil.Process()
-        handle = None
-        try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        except Exception:
-            handle = None  # No GPU: the row shows 0.
+        gpus = Gpus(1, os.environ) if torch.cuda.is_available() else None
         while not self._stop.wait(0.02):
             self.host = max(self.host, process.memory_info().rss)
-            if handle is not None:
-                self.gpu = max(self.gpu, int(pynvml.nvmlDeviceGetMemoryInfo(handle).used))
+            if gpus is not None:
+                self.gpu = max(self.gpu, *gpus.used_bytes())
 
     def __enter__(self) -> PeakMemory:
         self._thread.start()
@@ -397,8 +398,9 @@ def start(model: str, options: argparse.Namespace) -> Any:
     }
     if not real:
         arguments |= {"load_format": "dummy", "tokenizer": str(options.real)}
-    if options.utilization:
-        arguments["gpu_memory_utilization"] = options.utilization
+    if options.cache_gib:
+        # Given in bytes, the engine does not measure what is free, which other engines change while they start.
+        arguments |= {"kv_cache_memory_bytes": round(options.cache_gib * 2**30), "gpu_memory_utilization": 0.01}
     begin = time.perf_counter()
     lm = ReprovalVLLM(str(folder), submit_batch=options.submit_batch, **arguments)
     say(
@@ -503,7 +505,7 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--batched-tokens", type=int, default=8192)
     parser.add_argument("--submit-batch", type=int, default=2048)
-    parser.add_argument("--utilization", type=float)
+    parser.add_argument("--cache-gib", type=float, help="KV cache of each engine; default: what vLLM makes of 0.92")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--limit", type=float, default=200, help="seconds for one model")
     parser.add_argument("--noise", action="store_true", help="also stock at batch_size=64: what another batch changes")
@@ -518,6 +520,7 @@ def main() -> None:
     options.cases = options.cases.split(",")
     tiny = {
         "mmlu5": 6,
+        "mmlu_continuation": 6,
         "arc25": 2,
         "arc25_fixed": 2,
         "zero1": 6,
@@ -527,8 +530,8 @@ def main() -> None:
         "perplexity": 2,
     }
     full = {
-        "mmlu5": 200, "arc25": 60, "arc25_fixed": 60, "zero1": 400, "hellaswag": 300, "lambada": 400, "gsm8k": 128,
-        "perplexity": 40,
+        "mmlu5": 200, "mmlu_continuation": 100, "arc25": 60, "arc25_fixed": 60, "zero1": 400, "hellaswag": 300,
+        "lambada": 400, "gsm8k": 128, "perplexity": 40,
     }  # fmt: skip
     asked = counts_of(options.counts)
     options.counts_by_model = {

@@ -37,12 +37,6 @@ from reproval.run_file import RunFile
 from reproval.tiers import load_tiers
 
 GIB = 2**30
-SUITES = {
-    "demo": {
-        "include_path": str(jobs.REPO / "config/demo/tasks"),
-        "tasks": ["demo_opposites", "demo_endings", "demo_counting", "demo_prose"],
-    }
-}
 SHARD_BYTES = 4 * GIB
 
 
@@ -156,7 +150,7 @@ def main() -> None:
             write_model(options.shapes, options.layers, options.model, folder / "model")
             options.model = folder / "model"
         models = {"model": {"path": str(options.model.resolve()), "dtype": options.dtype}}
-        run = jobs.planned(options, folder, SUITES, models=models)
+        run = jobs.planned(options, folder, jobs.demo(), models=models)
         record, facts = read_record(run / "run.json", RunFile), read_record(run / "facts.json", Facts)
         one = read_record(run / "plan.json", Plan)
         if options.cpu:
