@@ -250,7 +250,7 @@ def test_every_class_of_memory_has_an_answer() -> None:
     assert named - {"not_memory"} <= set(known.answers)
 
 
-# --- what vLLM 0.32.0 wrote (CPU build, real runs; paths shortened) --------------------------------------------------
+# --- what vLLM 0.32.0 wrote (real runs; paths shortened). gpu_*: an H200, by tests/gpu/ladder_bench.py ----------------
 
 REAL = Path(__file__).parent / "engine_logs"
 
@@ -262,6 +262,22 @@ REAL = Path(__file__).parent / "engine_logs"
         ("kv_space_of_one_mib", 1, "kv_cache", "no_kv_room", "ValueError: No available memory for the cache blocks"),
         ("kv_space_above_the_host", 1, "weights", "no_kv_room", "ValueError: Available memory on node 0"),
         ("engine_core_killed", None, "tasks", "host_memory", "the engine's process was killed without a traceback"),
+        ("gpu_gpu_busy", 1, "start", "gpu_busy", "ValueError: Free memory on device cuda:0 (19.49/139.8 GiB)"),
+        (
+            "gpu_kv_below_one_request",
+            1,
+            "kv_cache",
+            "kv_below_one_request",
+            "ValueError: To serve at least one request",
+        ),
+        (
+            "gpu_no_kv_room",
+            1,
+            "kv_cache",
+            "no_kv_room",
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to",
+        ),
+        ("gpu_graph_capture", 1, "capture", "graph_capture", "Exception in aoti_torch: CUDA out of memory."),
     ],
 )
 def test_real_logs(name: str, returncode: int | None, phase: Phase, expected: FailureClass, message: str) -> None:

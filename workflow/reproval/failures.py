@@ -20,9 +20,11 @@ from reproval.records import Dtype, EngineSettings, FailureClass, Part, Phase
 PHASES: tuple[Phase, ...] = get_args(Phase)
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
-# vLLM puts "(EngineCore pid=123) ERROR 11-22 23:58:43 [core.py:1510] " before every line of a traceback.
+# vLLM puts "(EngineCore pid=123) ERROR 11-22 23:58:43 [core.py:1510] " before every line of a traceback, PyTorch's C++
+# "[rank0]:[E1123 06:30:45.150985709 shim_common.cpp:523] ", and either may follow a progress bar, which ends no line.
 _PREFIX = re.compile(
-    r"^\s*(?:\([^()]* pid=\d+\)\s*)?(?:\[rank\d+\]:\s*)?(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)? \[[^\]]*\]\s*)?"
+    r"^\s*(?:.*\[[^\[\]]*(?:it/s|s/it)\]\s*)?(?:\([^()]* pid=\d+\)\s*)?(?:\[rank\d+\]:\s*)?"
+    r"(?:\[[EWIF]\d{4} [\d:.]+ [^\]]*\]\s*|[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)? \[[^\]]*\]\s*)?"
 )
 _EXCEPTION = re.compile(
     r"^(?:[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt|OutOfResources|Failure)\b(?::|$)"
