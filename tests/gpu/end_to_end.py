@@ -4,8 +4,9 @@
 
 Both start from nothing kept: imports, tokenizing, the engine's start and, on our side, facts, plan and tables are in
 the time. `--questions` are the first of each of the 57 subjects; 0 is all of them. The stock command gets the settings
-of our plan that decide a score (dtype, length). Prints both times, the part of ours that the evaluation job took, and
-the largest difference of a subject's accuracy. `--cpu` rehearses on the CPU engine.
+of our plan that decide a score (dtype, length), and is ended once it has saved its results. Prints both times, the part
+of ours that the evaluation job took, and the largest difference of a subject's accuracy. `--cpu` rehearses on the CPU
+engine.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import shlex
+import signal
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +28,28 @@ import jobs
 import local_mmlu
 
 
-def timed(command: list[str], folder: Path, log: Path, limit: float) -> float:
-    """Seconds of a command; its log is shown if it fails. Raises CalledProcessError, TimeoutExpired."""
+def timed(command: list[str], folder: Path, log: Path, limit: float, written: str | None = None) -> float:
+    """Seconds of a command, until it ends or has left a file `written` (a pattern below `folder`); it is ended then.
+
+    Its log is shown if it fails. Raises CalledProcessError, TimeoutExpired.
+    """
     begin = time.perf_counter()
     with log.open("wb") as stream:
-        done = subprocess.run(command, cwd=folder, stdout=stream, stderr=subprocess.STDOUT, timeout=limit, check=False)
-    if done.returncode:
+        process = subprocess.Popen(command, cwd=folder, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        while process.poll() is None and not (written and any(folder.glob(written))):
+            if time.perf_counter() - begin > limit:
+                raise subprocess.TimeoutExpired(command, limit)
+            time.sleep(0.1)
+        seconds = time.perf_counter() - begin
+        time.sleep(1)  # The file is whole.
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    if process.wait() > 0:
         print(log.read_text(encoding="utf-8", errors="replace")[-6000:], flush=True)
-        raise subprocess.CalledProcessError(done.returncode, command)
-    return time.perf_counter() - begin
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return seconds
 
 
 def ours(options: argparse.Namespace, folder: Path, tasks: Path) -> tuple[float, dict[str, float], dict[str, Any]]:
@@ -60,20 +77,12 @@ def stock(
     }
     if options.cpu:
         arguments["kv_cache_memory_bytes"] = settings["kv_cache_memory_bytes"]
-    command = [
-        *shlex.split(options.lm_eval),
-        "run",
-        "--model",
-        "vllm",
-        "--tasks",
-        local_mmlu.GROUP,
-        "--num_fewshot",
-        "5",
-    ]
-    command += ["--model_args", ",".join(f"{name}={value}" for name, value in arguments.items())]
+    command = [*shlex.split(options.lm_eval), "run", "--model", "vllm", "--tasks", local_mmlu.GROUP]
+    command += ["--num_fewshot", "5", "--model_args", ",".join(f"{name}={value}" for name, value in arguments.items())]
     command += ["--include_path", str(tasks), "--batch_size", "auto", "--output_path", str(folder / "stock")]
     command += ["--limit", str(options.questions)] if options.questions else []
-    seconds = timed(command, folder, folder / "stock.log", options.limit)
+    # On a GPU lm-eval may not end by itself once it has saved: its engine's process stays.
+    seconds = timed(command, folder, folder / "stock.log", options.limit, "stock/**/results_*.json")
     (path,) = (folder / "stock").rglob("results_*.json")
     results = json.loads(path.read_text(encoding="utf-8"))["results"]
     return seconds, {task: values["acc,none"] for task, values in results.items() if "acc,none" in values}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -147,7 +148,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="tensor-parallel-") as temporary:
         folder = Path(temporary)
         if options.shapes:
-            write_model(options.shapes, options.layers, options.model, folder / "model")
+            # In a process of its own, which gives the GPU's memory back.
+            arguments = (options.shapes, options.layers, options.model, folder / "model")
+            writer = multiprocessing.get_context("spawn").Process(target=write_model, args=arguments)
+            writer.start()
+            writer.join()
+            if writer.exitcode:
+                raise SystemExit(f"the model was not written: exit code {writer.exitcode}")
             options.model = folder / "model"
         models = {"model": {"path": str(options.model.resolve()), "dtype": options.dtype}}
         run = jobs.planned(options, folder, jobs.demo(), models=models)
