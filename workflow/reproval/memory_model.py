@@ -35,8 +35,8 @@ LOGIT_ROWS_PER_CHUNK = 1024
 VOCABULARY_PADDING = 64
 CONTEXT_BYTES = 512 * MIB
 """CUDA context of one process, about 0.5 GiB; it comes before vLLM's first look at the memory."""
-NCCL_BYTES = 512 * MIB
-"""Assumed: NCCL buffers and the custom all-reduce workspace of one rank when there is more than one."""
+NCCL_BYTES = 1536 * MIB
+"""NCCL buffers and the custom all-reduce workspace of one rank when there is more than one: measured with two H200s."""
 GRAPHS_BASE_BYTES = 256 * MIB
 GRAPHS_BYTES_PER_LAYER = 12 * MIB
 """Assumed: captured decode graphs grow with layers; vLLM takes a measured estimate of its own at start."""
