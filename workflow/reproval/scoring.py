@@ -1,9 +1,7 @@
 """An lm-eval model on vLLM that computes the log-probabilities that are read, and no others.
 
 `ReprovalVLLM` is lm-eval's own vLLM model with other requests: the tokens that are scored, the text that is encoded
-and the results are the same. docs/scoring.md tells how. Use it alone with
-
-    python -m reproval.scoring run --model reproval-vllm --model_args pretrained=... --tasks ...
+and the results are the same. docs/scoring.md tells how. lm_eval_plugin.py makes it known to lm-eval.
 """
 
 from __future__ import annotations
@@ -485,9 +483,3 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
         finally:
             progress.close()
         return [texts[position] for position in range(len(requests))]
-
-
-if __name__ == "__main__":
-    from lm_eval.__main__ import cli_evaluate
-
-    cli_evaluate()
