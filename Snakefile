@@ -87,5 +87,6 @@ rule all:
 
 
 onsuccess:
-    if Path(rules.report.output.html).exists():
+    asked = set(workflow.dag_settings.targets) or {"all"}
+    if asked & {"all", "report"} and Path(rules.report.output.html).exists():
         print(f"\nReport: {Path(rules.report.output.html).resolve()}")

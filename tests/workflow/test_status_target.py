@@ -21,6 +21,8 @@ hardware: {host_memory_gib: 8, cpus: 2}
 
 def test_it_answers_while_another_snakemake_holds_the_lock(tmp_path: Path, snakemake: Snakemake) -> None:
     (tmp_path / "config.yaml").write_text(CONFIG)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/report.html").write_text("an earlier one, which this does not renew")
     lock = tmp_path / ".snakemake/locks"
     # Not the network: what is described first needs none, and there the other one is stopped.
     other = subprocess.Popen(
@@ -46,3 +48,4 @@ def test_it_answers_while_another_snakemake_holds_the_lock(tmp_path: Path, snake
     assert done.returncode == 0, done.stdout
     assert "to be planned  " in done.stdout
     assert "1 run: 1 to be planned." in done.stdout
+    assert "Report: " not in done.stdout
