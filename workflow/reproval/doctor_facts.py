@@ -176,18 +176,10 @@ def _meminfo() -> int | None:
     return int(found.group(1)) * 1024 if found else None
 
 
-def control_group_bytes(proc: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int | None:
+def control_group_bytes(proc: Path = memory.CGROUP, mount: Path = memory.CGROUP_MOUNT) -> int | None:
     """The least memory limit of this process's control group and those above it (versions 2 and 1); None if none."""
     limits = []
-    for line in _text(proc).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, name = mount, "memory.max"
-        elif "memory" in controllers.split(","):
-            base, name = mount / "memory", "memory.limit_in_bytes"
-        else:
-            continue
-        folder = base / path.lstrip("/")
+    for base, folder, name in memory.control_groups("memory.max", "memory.limit_in_bytes", proc, mount):
         for place in (folder, *folder.parents):
             if not place.is_relative_to(base):
                 break

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -185,22 +185,30 @@ def gpu_holders(count: int, env: Mapping[str, str]) -> list[str]:
         gpus.close()
 
 
-def oom_kills(proc: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int:
-    """How often the kernel has killed for memory in this process's control group (versions 2 and 1); 0 if unknown."""
+CGROUP, CGROUP_MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+def control_groups(v2: str, v1: str, proc: Path, mount: Path) -> Iterator[tuple[Path, Path, str]]:
+    """(mount, folder, file) of this process's control group of memory, with the file's name in version 2 or 1.
+
+    Inside a container the folder may be named as on the host while the mount shows the container's own as its root.
+    """
     try:
         entries = [line.split(":", 2) for line in proc.read_text(encoding="utf-8").splitlines()]
     except OSError:
-        return 0
-    total = 0
+        return
     for _, controllers, path in entries:
         if controllers == "":
-            base, name = mount, "memory.events"
+            yield mount, mount / path.lstrip("/"), v2
         elif "memory" in controllers.split(","):
-            base, name = mount / "memory", "memory.oom_control"
-        else:
-            continue
-        # Inside a container the path may be the host's while the mount shows the container's own group as its root.
-        for folder in (base / path.lstrip("/"), base):
+            yield mount / "memory", mount / "memory" / path.lstrip("/"), v1
+
+
+def oom_kills(proc: Path = CGROUP, mount: Path = CGROUP_MOUNT) -> int:
+    """How often the kernel has killed for memory in this process's control group (versions 2 and 1); 0 if unknown."""
+    total = 0
+    for base, own, name in control_groups("memory.events", "memory.oom_control", proc, mount):
+        for folder in (own, base):
             try:
                 text = (folder / name).read_text(encoding="utf-8")
             except OSError:
