@@ -88,13 +88,13 @@ def thin(lab: Lab, project: Path) -> tuple[str, str]:
     return f"oras://127.0.0.1:{lab.port}/reproval@{lab.digest('reproval', 'thin')}", binds
 
 
-def configure(folder: Path, container: dict[str, str]) -> None:
+def configure(folder: Path, container: dict[str, str], **more: str) -> None:
     config = {
         "models": {"smollm2": {"path": "models/SmolLM2-135M-Instruct", "dtype": "bfloat16"}},
         "suites": {"core": {"include_path": "tasks", "tasks": ["probe"]}},
         "hardware": {"gpus": 0, "host_memory_gib": 8, "cpus": 2},
         "container": container,
-    }
+    } | more
     (folder / "config.yaml").write_text(json.dumps(config))
 
 
@@ -222,6 +222,22 @@ def test_an_image_that_was_replaced_is_not_run(done: Path, lab: Lab, thin: tuple
     assert "was replaced or damaged" in refused.stdout
 
 
+def test_a_job_reads_a_copy_on_its_node_and_removes_it(
+    tmp_path: Path, lab: Lab, project: Path, thin: tuple[str, str]
+) -> None:
+    scratch, folder = tmp_path / "scratch", tmp_path / "project"
+    scratch.mkdir()
+    folder.mkdir()
+    for name in ("models", "tasks"):
+        (folder / name).symlink_to(project / name)
+    configure(folder, {"image": thin[0]}, local_copy=str(scratch))
+    finished = snakemake(lab, folder, thin[1])
+    assert finished.returncode == 0, finished.stdout
+    (log,) = (folder / "logs/evaluate").glob("*.log")
+    assert f"load model {scratch}/reproval-models-" in log.read_text()
+    assert not [path for path in scratch.rglob("*") if path.is_file() and path.stat().st_size]
+
+
 def test_a_sif_with_another_hash_than_named_is_refused(
     tmp_path: Path, project: Path, lab: Lab, thin: tuple[str, str]
 ) -> None:
@@ -298,6 +314,7 @@ def test_the_dockerfile_builds_with_whichever_tool_is_there(tool: str, lab: Lab,
     os.environ.get("REPROVAL_SYSTEM_TESTS") != "full",
     reason="builds the CPU image (a quarter of an hour, 10 GB): REPROVAL_SYSTEM_TESTS=full",
 )
+@pytest.mark.timeout(3600)
 def test_the_demo_runs_in_the_image_of_the_dockerfile(tmp_path: Path, lab: Lab, project: Path) -> None:
     base = lab.run(LAB / "base-image", f"127.0.0.1:{lab.port}/base")
     name = f"127.0.0.1:{lab.port}/reproval-cpu"
