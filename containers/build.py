@@ -144,7 +144,8 @@ def bud(tool: str, engine: str, base: str, context: Path, mounted: dict[str, Pat
         run(["docker", "save", "--output", str(archive), name])
         return
     build = [tool, "bud"] if tool == "buildah" else [tool, "build", "--format", "oci"]
-    run([*build, "--layers", "--timestamp", str(images.epoch(engine)), *insecure, *arguments])
+    # A layer of the tool's cache may bear the time of another build: its key leaves --timestamp out.
+    run([*build, "--layers", "--no-cache", "--timestamp", str(images.epoch(engine)), *insecure, *arguments])
     # The fastest compression: a .sif has its own, and gzip's own speed decides here. Older podmans cannot be told.
     fast = ["--compression-level", "1"] if tool == "buildah" else []
     run([tool, "push", "--compression-format", "gzip", *fast, name, f"oci-archive:{archive}:latest"])
