@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
@@ -192,10 +193,10 @@ def test_rolling_equals_stock_over_several_windows(model: ReprovalVLLM) -> None:
     texts = ["", "A fox.", "The quick brown fox jumps over the lazy dog. " * 40]
     requests = [Instance("loglikelihood_rolling", {}, (text,), 0, ("roll", 0, 1)) for text in texts]
     ours = model.loglikelihood_rolling(requests, disable_tqdm=True)
+    assert model.paths["roll"] == ScoringPath(requests=3, suffix=2)
     model.scoring = "stock"
     stock = model.loglikelihood_rolling(requests, disable_tqdm=True)
     assert ours == pytest.approx(stock, rel=2e-3, abs=1e-4)
-    assert model.paths["roll"].suffix == 2
 
 
 def test_generation_equals_stock_and_equal_prompts_are_generated_once(model: ReprovalVLLM) -> None:
@@ -216,6 +217,53 @@ def test_generation_equals_stock_and_equal_prompts_are_generated_once(model: Rep
     model.reset_paths()
     model.generate_until(requests(sampled=True), disable_tqdm=True)
     assert model.paths["gen"].duplicates == 0
+
+
+@pytest.mark.parametrize("scoring", ["auto", "stock"])
+def test_a_prompt_that_is_cut_for_generation_is_counted(model: ReprovalVLLM, scoring: Literal["auto", "stock"]) -> None:
+    from lm_eval.api.instance import Instance
+
+    settings = {"until": ["\n\n"], "max_gen_toks": 8, "do_sample": False}
+    texts = ["Count:", context_of(model, MAX_LEN)]
+    model.scoring = scoring
+    model.generate_until(
+        [Instance("generate_until", {}, (text, dict(settings)), 0, ("long", n, 1)) for n, text in enumerate(texts)],
+        disable_tqdm=True,
+    )
+    assert model.paths["long"] == ScoringPath(requests=2, stock=2, cut=1)
+
+
+@pytest.mark.parametrize("method", ["loglikelihood", "loglikelihood_rolling", "generate_until"])
+def test_the_engine_works_while_the_next_window_is_encoded(
+    model: ReprovalVLLM, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoding the third window waits for a step of the engine, which comes only if the engine need not wait for it."""
+    from lm_eval.api.instance import Instance
+
+    monkeypatch.setattr("reproval.scoring.TEXTS_AT_ONCE", 40)
+    model.submit_batch = 40  # More than the engine takes at once, so that a window is more than one step.
+    settings = {"until": ["\n\n"], "max_gen_toks": 4, "do_sample": False}
+    texts = [f"Count {n} and more" for n in range(120)]
+    further = {"loglikelihood": (" of it",), "generate_until": (settings,)}.get(method, ())
+    requests = [Instance(method, {}, (text, *further), 0, ("ahead", n, 1)) for n, text in enumerate(texts)]
+    encode, step = model.tok_encode, model.model.llm_engine.step
+    stepped, came = threading.Event(), []
+
+    def slow_encode(strings: Any, *args: Any, **kwargs: Any) -> Any:
+        if "Count 80 and" in str(strings):
+            stepped.clear()
+            came.append(stepped.wait(20))
+        return encode(strings, *args, **kwargs)
+
+    def told_step() -> Any:
+        stepped.set()
+        return step()
+
+    monkeypatch.setattr(model, "tok_encode", slow_encode)
+    monkeypatch.setattr(model.model.llm_engine, "step", told_step)
+    getattr(model, method)(requests, disable_tqdm=True)
+    assert came
+    assert all(came)
 
 
 def test_an_interrupted_call_goes_on_from_the_cache(model: ReprovalVLLM, tmp_path: Path) -> None:

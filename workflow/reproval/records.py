@@ -365,7 +365,9 @@ class ScoringPath(Part):
 
     requests: int
     duplicates: int = Field(default=0, description="Answered from an equal request of the same task.")
-    cached: int = Field(default=0, description="Answered from a request that an interrupted run had finished.")
+    cached: int = Field(
+        default=0, description="Answered from a request kept earlier, by an interrupted run or for another entry."
+    )
     one_token: int = Field(default=0, description="Scored at the generated position: no prompt logits.")
     suffix: int = Field(default=0, description="Only the continuation's prompt rows.")
     stock: int = Field(default=0, description="lm-eval's own request: all prompt rows.")

@@ -184,11 +184,10 @@ def plan(
 
     def at_end(owner: PlannedRequest, depth: int, token: int) -> _Place:
         """Answer at the generated position: of the owner if it ends here, else of a request made for this node."""
-        ends_here = len(owner.prompt) == depth
-        request = owner if ends_here else extra.get((id(owner), depth))
-        if request is None or len(request.final) >= MAX_FINAL_IDS:
-            request = extra.get((id(owner), depth))
-        if request is None or len(request.final) >= MAX_FINAL_IDS:
+        for request in (owner if len(owner.prompt) == depth else None, extra.get((id(owner), depth))):
+            if request is not None and len(request.final) < MAX_FINAL_IDS:
+                break
+        else:
             request = extra[id(owner), depth] = PlannedRequest(owner.prompt[:depth], depth - 1, [])
             requests.append(request)
         request.final.append(token)

@@ -7,9 +7,11 @@ and the results are the same. docs/scoring.md tells how. lm_eval_plugin.py makes
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
@@ -49,13 +51,14 @@ Scoring = Literal["auto", "token_ids", "prompt_logprobs", "stock"]
 Result = tuple[float, bool | None]
 
 DEFAULT_SUBMIT_BATCH = 2048
-ATTEMPTS = 3
 FEW_TOKENS = 64
 """Computed tokens per request up to which logits for all of them cost less than a pass over the output weights.
 
 A pass costs 2 bytes x vocabulary x hidden size of memory traffic and a dozen kernel launches: 0.2 to 0.6 ms from 0.1B
 to 32B. Logits of one more token cost 2 to 6 microseconds, most of it on the host (docs/scoring.md).
 """
+TEXTS_AT_ONCE = 64
+"""Texts of a rolling task that are encoded in one call: enough for all cores, and little memory if they are long."""
 GREEDY_TEMPERATURE = 1e-5
 """vLLM's own limit below which sampling is greedy."""
 
@@ -72,6 +75,18 @@ class _Item(NamedTuple):
     span: Span
     cut: bool
     counted: bool = True
+
+
+class _Prompt(NamedTuple):
+    """One request for generated text, and what lm-eval's own cache calls it: its context and `shown`."""
+
+    position: int
+    task: str
+    context: str
+    tokens: Tokens
+    cut: bool
+    shown: dict[str, Any]
+    params: SamplingParams
 
 
 @dataclass(slots=True, eq=False)
@@ -98,7 +113,8 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
     request_cache, cache_key: folder and key of answers kept on disk as they come, so that an interrupted evaluation
         goes on where it was. The key must name everything that decides an answer besides the request.
     on_progress: called with (done, total) lm-eval requests of the call in hand.
-    scoring: "auto"; "token_ids" or "prompt_logprobs" to fix how prompt rows are read; "stock" for lm-eval's own code.
+    scoring: "auto"; "token_ids" or "prompt_logprobs" to fix how rows of rolling texts are read; "stock" for lm-eval's
+        own code.
     """
 
     def __init__(
@@ -122,6 +138,8 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
         if scoring not in get_args(Scoring):
             raise ValueError(f"scoring is {scoring!r}; expected one of {', '.join(get_args(Scoring))}")
         super().__init__(pretrained, **engine)
+        # lm-eval's command turns the tokenizer's threads off; one thread would take longer than the engine.
+        os.environ["TOKENIZERS_PARALLELISM"] = "true"
         self.submit_batch = int(submit_batch)
         self.on_progress = on_progress
         self.scoring: Scoring = scoring if self.data_parallel_size <= 1 else "stock"
@@ -160,8 +178,10 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
         ):
             return None
         if self._v2:
-            if greedy or self.scoring == "prompt_logprobs":
-                return "prompt_logprobs" if greedy else "mixed"
+            if greedy:
+                return "prompt_logprobs"
+            if self.scoring == "prompt_logprobs":
+                return "mixed"
             return "token_ids" if self.scoring == "token_ids" or tokens > FEW_TOKENS else "mixed"
         # The V1 runner leaves rows before a prefix hit unwritten. Where the hit ended is known, unless the request was
         # preempted and went on from another one. `_run` prevents that by counting KV blocks, which it can do only
@@ -339,17 +359,17 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
             item = waiting[key].items[0]
             self._counts[item.task][path] += item.counted
 
-        def job(request: PlannedRequest, attempt: int) -> Job:
+        def job(request: PlannedRequest, fresh: bool) -> Job:
             def finish(output: RequestOutput) -> Job | None:
                 answer = read_answer(request, output, read, greedy)
                 if answer is None:
-                    if attempt == ATTEMPTS:
-                        raise RuntimeError(f"vLLM gave no log-probabilities for a request in {ATTEMPTS} attempts")
+                    if fresh:
+                        raise RuntimeError("vLLM gave no log-probabilities for a request that read no prefix cache")
                     for part in request.slices:
                         wanted = waiting[part.span]
                         self._counts[wanted.items[0].task]["second_pass"] += not wanted.again
                         wanted.again = True
-                    return job(request, attempt + 1)
+                    return job(request, fresh=True)
                 for part in request.slices:
                     wanted = waiting[part.span]
                     wanted.pending.fill(request, part, answer)
@@ -357,12 +377,13 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
                         done(wanted)
                 return None
 
-            params = sampling_params(request, read, greedy, fresh=read is None or attempt > 1)
-            blocks = 0 if read is None or self._v2 else len(request.prompt) // max(self._block_size, 1) + 1
+            params = sampling_params(request, read, greedy, fresh)
+            counted = self._block_size and read is not None and not self._v2
+            blocks = len(request.prompt) // self._block_size + 1 if counted else 0
             return Job(request.prompt.tolist(), params, finish, blocks)
 
         for request in requests:
-            yield job(request, 1)
+            yield job(request, fresh=read is None)
 
     # --- rolling loglikelihood ---------------------------------------------------------------------------------------
 
@@ -374,22 +395,27 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
             return cast("list[float]", super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm))
         owners: list[int] = []
 
+        def encoded() -> Iterator[tuple[int, Instance, list[int]]]:
+            for window in windows(enumerate(requests), TEXTS_AT_ONCE):
+                tokens = self._encode_texts(request.args[0] for _, request in window)
+                yield from ((index, request, tokens[request.args[0]]) for index, request in window)
+
         def items() -> Iterator[_Item]:
-            for index, request in enumerate(requests):
+            for index, request, tokens in encoded():
                 rolling = get_rolling_token_windows(
-                    token_list=self.tok_encode(request.args[0]),
+                    token_list=tokens,
                     prefix_token=self.prefix_token_id,
                     max_seq_len=self.max_length - 2,  # One token of context, one for generation.
                     context_len=1,
                 )
-                pairs = [make_disjoint_window(pair) for pair in rolling]
+                pairs = [make_disjoint_window(pair) for pair in rolling] or [([], [])]
                 for number, (context, continuation) in enumerate(pairs, 1):
                     owners.append(index)
                     span, cut = cut_left(_array(context), _array(continuation), self.max_length - 1)
                     last = number == len(pairs)
                     yield _Item(len(owners) - 1, request.task_name or "", None, span, cut, last)
 
-        rolled = windows(items(), self.submit_batch)
+        rolled = ahead(windows(items(), self.submit_batch))
         results = self._score(rolled, len(requests), disable_tqdm, greedy=False)
         sums: list[float] = [0] * len(requests)
         for index, (value, _) in zip(owners, results, strict=True):
@@ -402,84 +428,98 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generated text of each request. Equal requests are generated once where sampling is greedy."""
+        eos = self.tokenizer.decode(self.eot_token_id) or getattr(self.tokenizer, "eos_token", None) or ""
+
+        def encode(window: list[tuple[int, Instance]]) -> list[_Prompt]:
+            contexts = self.tok_encode([request.args[0] for _, request in window])
+            return [
+                self._prompt(position, request, context, eos)
+                for (position, request), context in zip(window, contexts, strict=True)
+            ]
+
+        numbered = map(encode, windows(enumerate(requests), self.submit_batch))
         if self.scoring == "stock":
-            for request in requests:
-                self._counts[request.task_name or ""].update(requests=1, stock=1)
+            for prompt in chain.from_iterable(numbered):
+                self._counts[prompt.task].update(requests=1, stock=1, cut=int(prompt.cut))
             return cast("list[str]", super().generate_until(requests, disable_tqdm=disable_tqdm))
         progress = Progress(
             len(requests), self.on_progress, disable_tqdm or self.rank != 0, "Running generate_until requests"
         )
-        eos = self.tokenizer.decode(self.eot_token_id) or getattr(self.tokenizer, "eos_token", None) or ""
         texts: dict[int, str] = {}
         answered: dict[bytes, str] = {}
         seen: Counter[bytes] = Counter()
-        waiting: dict[bytes, list[tuple[int, Instance, dict[str, Any]]]] = {}
+        waiting: dict[bytes, list[_Prompt]] = {}
 
-        def give(position: int, request: Instance, shown: dict[str, Any], raw: str) -> None:
-            text = postprocess_generated_text(raw, shown["until"], self.think_end_token)
-            texts[position] = text
-            self.cache_hook.add_partial("generate_until", (request.args[0], shown), text)
+        def give(prompt: _Prompt, raw: str) -> None:
+            text = postprocess_generated_text(raw, prompt.shown["until"], self.think_end_token)
+            texts[prompt.position] = text
+            self.cache_hook.add_partial("generate_until", (prompt.context, prompt.shown), text)
             progress.add()
 
-        def job(digest: bytes, prompt: list[int], params: SamplingParams) -> Job:
+        def job(digest: bytes, prompt: _Prompt) -> Job:
             def finish(output: RequestOutput) -> None:
                 raw = answered[digest] = output.outputs[0].text
                 if self.request_cache is not None:
                     self.request_cache.put(digest, raw)
-                for position, request, shown in waiting.pop(digest):
-                    give(position, request, shown, raw)
+                for each in waiting.pop(digest):
+                    give(each, raw)
 
-            return Job(prompt, params, finish)
+            return Job(prompt.tokens.tolist(), prompt.params, finish)
 
-        def jobs() -> Iterator[Job]:
-            for window in windows(enumerate(requests), self.submit_batch):
-                new: list[tuple[Tokens, Job]] = []
-                contexts = self.tok_encode([request.args[0] for _, request in window])
-                for (position, request), context in zip(window, contexts, strict=True):
-                    counts = self._counts[request.task_name or ""]
-                    kwargs, until, max_gen_toks = self.modify_gen_kwargs(
-                        request.args[1], eos=eos, default_max_gen_toks=self.max_gen_toks
-                    )
-                    prompt, max_gen_toks = maybe_truncate(
-                        context,
-                        max_gen_toks=max_gen_toks,
-                        max_model_len=self.max_length,
-                        side=self.truncation_side,
-                        verbose=False,
-                    )
-                    counts.update(requests=1, cut=int(len(prompt) < len(context)))
-                    shown = kwargs | {"until": until, "max_gen_toks": max_gen_toks}
-                    # With a thinking model, only EOS stops the engine: the task's own stops may occur in the thoughts.
-                    stop = [text for text in until if text == eos] if self.think_end_token else until
-                    params = SamplingParams(
-                        max_tokens=max_gen_toks, stop=stop, output_kind=RequestOutputKind.FINAL_ONLY, **kwargs
-                    )
-                    tokens = _array(prompt)
-                    told = json.dumps(shown | {"stop": stop}, sort_keys=True, default=repr).encode()
-                    digest = self._digest("generate_until", tokens.tobytes(), told)
-                    if params.temperature >= GREEDY_TEMPERATURE:
+        def jobs() -> Iterator[Job | None]:
+            for window in ahead(numbered):
+                if window is None:
+                    yield None
+                    continue
+                new: list[tuple[bytes, _Prompt]] = []
+                for prompt in window:
+                    counts = self._counts[prompt.task]
+                    counts.update(requests=1, cut=int(prompt.cut))
+                    told = json.dumps(prompt.shown | {"stop": prompt.params.stop}, sort_keys=True, default=repr)
+                    digest = self._digest("generate_until", prompt.tokens.tobytes(), told.encode())
+                    if prompt.params.temperature >= GREEDY_TEMPERATURE:
                         # Every draw is a request of its own; a kept one stands for the draw of the same number.
                         seen[digest] += 1
                         digest = self._digest("draw", digest, seen[digest].to_bytes(8, "little"))
                     if digest in answered:
                         counts["duplicates"] += 1
-                        give(position, request, shown, answered[digest])
+                        give(prompt, answered[digest])
                     elif digest in waiting:
                         counts["duplicates"] += 1
-                        waiting[digest].append((position, request, shown))
+                        waiting[digest].append(prompt)
                     elif (kept := self._kept(digest)) is not None:
                         counts["cached"] += 1
                         answered[digest] = kept
-                        give(position, request, shown, kept)
+                        give(prompt, kept)
                     else:
                         counts["stock"] += 1
-                        waiting[digest] = [(position, request, shown)]
-                        new.append((tokens, job(digest, prompt, params)))
+                        waiting[digest] = [prompt]
+                        new.append((digest, prompt))
                 # Prompts that begin alike meet in the prefix cache.
-                yield from (one for _, one in sorted(new, key=lambda pair: sort_key(pair[0])))
+                for digest, prompt in sorted(new, key=lambda pair: sort_key(pair[1].tokens)):
+                    yield job(digest, prompt)
 
         try:
             self._run(jobs())
         finally:
             progress.close()
         return [texts[position] for position in range(len(requests))]
+
+    def _prompt(self, position: int, request: Instance, context: list[int], eos: str) -> _Prompt:
+        """A request of `generate_until`, cut and with the parameters that lm-eval's model gives it."""
+        kwargs, until, max_gen_toks = self.modify_gen_kwargs(
+            request.args[1], eos=eos, default_max_gen_toks=self.max_gen_toks
+        )
+        tokens, max_gen_toks = maybe_truncate(
+            context,
+            max_gen_toks=max_gen_toks,
+            max_model_len=self.max_length,
+            side=self.truncation_side,
+            verbose=False,
+        )
+        # With a thinking model, only EOS stops the engine: the task's own stops may occur in the thoughts.
+        stop = [text for text in until if text == eos] if self.think_end_token else until
+        params = SamplingParams(max_tokens=max_gen_toks, stop=stop, output_kind=RequestOutputKind.FINAL_ONLY, **kwargs)
+        shown = kwargs | {"until": until, "max_gen_toks": max_gen_toks}
+        cut = len(tokens) < len(context)
+        return _Prompt(position, request.task_name or "", request.args[0], _array(tokens), cut, shown, params)
