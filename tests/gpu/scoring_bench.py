@@ -238,9 +238,11 @@ def run_side(lm: Any, side: str, method: str, requests: list[Any]) -> dict[str, 
     lm.reset_paths()
     lm.model.reset_prefix_cache()
     gc.collect()
+    before = 0
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     with PeakMemory() as memory, timed_encoding(lm) as encoding:
         begin = time.perf_counter()
         results = getattr(lm, method)(requests, disable_tqdm=True)
@@ -254,7 +256,8 @@ def run_side(lm: Any, side: str, method: str, requests: list[Any]) -> dict[str, 
         "seconds": round(seconds, 3),
         "encoding_s": round(encoding[0], 3),
         "gpu_peak_bytes": memory.gpu,
-        "allocated_peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+        # Weights and cache fill the GPU on both sides; this is what the requests took beside them.
+        "requests_peak_bytes": torch.cuda.max_memory_allocated() - before if torch.cuda.is_available() else 0,
         "host_peak_bytes": memory.host,
         "paths": paths,
         "results": results,
@@ -291,8 +294,8 @@ def told(row: dict[str, Any]) -> str:
     parts = [f"{key.replace('_', ' ')} {row[key]:{'.3g' if 'max' in key else ''}}" for key in DIFFERENCES if key in row]
     if "encoding_s" in row:
         parts.append(f"encoding {row['encoding_s']:.2f} s")
-        peaks = [row[f"{kind}_peak_bytes"] / 2**30 for kind in ("gpu", "allocated", "host")]
-        parts.append("GPU {:.2f} GiB ({:.2f} allocated), host {:.2f} GiB".format(*peaks))
+        peaks = [row[f"{kind}_peak_bytes"] / 2**30 for kind in ("gpu", "requests", "host")]
+        parts.append("GPU {:.2f} GiB ({:.2f} of it for requests), host {:.2f} GiB".format(*peaks))
     return ", ".join([*parts, " ".join(f"{key}={value}" for key, value in row["paths"].items() if value)])
 
 
@@ -465,7 +468,6 @@ def run_model(model: str, options: argparse.Namespace, argv: list[str]) -> list[
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "HF_HUB_OFFLINE": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
-        "TOKENIZERS_PARALLELISM": "true",
         **os.environ,
     }
     command = [sys.executable, __file__, *argv, "--child", model, "--child-out", str(out)]
