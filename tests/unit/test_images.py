@@ -135,6 +135,17 @@ def test_jobs_with_gpus_get_the_drivers_files_and_no_job_more_folders_than_it_ne
         assert words[words.index("--network") + 1] == "none"
 
 
+def test_a_folder_behind_several_links_is_bound_at_each_of_them(tmp_path: Path) -> None:
+    for name in ("work", "lustre/data/models/mine"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "data").symlink_to("lustre/data")
+    (tmp_path / "work/models").symlink_to(tmp_path / "data/models")
+    bound = dict(binds(tmp_path / "work", tmp_path / "base", tmp_path / "store", [tmp_path / "work/models/mine"]))
+    assert bound[tmp_path / "data/models/mine"] == bound[tmp_path / "lustre/data/models/mine"] == "ro"
+    (tmp_path / "work/turning").symlink_to("turning")
+    binds(tmp_path / "work", tmp_path / "base", tmp_path / "store", [tmp_path / "work/turning"])
+
+
 def test_an_sbom_of_another_image_is_none(tmp_path: Path) -> None:
     sif, published = tmp_path / "cpu.sif", tmp_path / "containers"
     image = Image("reproval-cpu", "sha256:1", "sha256:1", sif, "2" * 64, tmp_path / "cpu.json")

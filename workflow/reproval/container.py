@@ -41,6 +41,8 @@ PROXIES = ("ALL_PROXY", "FTP_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 # Folders of the store and how a job sees them. Caches are written by engine and tokenizer, and the data sets' cache is
 # locked even to be read; models, the Hub's files, images and manifests can only be read.
 STORE_BINDS = {"": "ro", "cache": "rw", "huggingface": "rw", "huggingface/hub": "ro"}
+MOST_LINKS = 40
+"""As many as Linux follows in one path."""
 
 
 # Room for temporary files on the node's own disk, where Apptainer gives an unprivileged user 64 MB, and under a name
@@ -139,14 +141,29 @@ def binds(workdir: Path, base: Path, store: Path, folders: Iterable[Path]) -> li
     The working directory for results and logs; the workflow and the folders that the configuration names, to be read;
     the store as STORE_BINDS says.
     """
-    found = {workdir.absolute(): "rw", workdir.resolve(): "rw"}
+    found = dict.fromkeys(stations(workdir), "rw")
     for folder in (base, *folders):
-        for path in (folder.absolute(), folder.resolve()):
+        for path in stations(folder):
             if not any(path.is_relative_to(known) for known in found):
                 found[path] = "ro"
-    for path in dict.fromkeys((store.absolute(), store.resolve())):
+    for path in stations(store):
         found |= {path / name: mode for name, mode in STORE_BINDS.items()}
     return list(found.items())
+
+
+def stations(path: Path) -> list[Path]:
+    """A path, and each that it becomes as its links are followed one by one: a container has to have them all.
+
+    /home/me/models may be a link to /data/models, and /data one to /lustre/data.
+    """
+    found = [path.absolute()]
+    while len(found) < MOST_LINKS:
+        now = found[-1]
+        link = next((part for part in (*reversed(now.parents), now) if part.is_symlink()), None)
+        if link is None:
+            break
+        found.append(Path(os.path.abspath(link.parent / link.readlink())) / now.relative_to(link))  # noqa: PTH100
+    return found
 
 
 def _common(image: Image, gpus: int) -> list[str]:
