@@ -232,6 +232,113 @@ def test_false_differs_of_paired_proportions(n: int, disagreement: float) -> Non
     assert verdict.paired_binary(*binary(0, b, c, n), 0.02).p_difference == pytest.approx(expected)
 
 
+# Shares of correct answers, as an F1 score gives them: far from 0 and 1, so that a change of 0.4 fits both ways.
+FRACTIONS = 0.5 + 0.05 * np.sin(np.arange(2000))
+
+
+def sparse(n: int, changed: int, size: float) -> tuple[np.ndarray, np.ndarray]:
+    """Fractional scores of n documents, of which the first few changed by `size`."""
+    theirs = FRACTIONS[:n]
+    return theirs + np.where(np.arange(n) < changed, size, 0.0), theirs
+
+
+@pytest.mark.parametrize("n", [40, 100, 300, 1000])
+@pytest.mark.parametrize("size", [0.04, 0.1, 0.4])
+def test_false_reproduced_of_paired_means_where_few_change_much(n: int, size: float) -> None:
+    """A true difference of exactly the margin, all of it from a share of margin / size of the documents.
+
+    The verdict depends on how many changed alone, so that the rate is a sum and not a simulation.
+    """
+    margin, rate = 0.02, 0.0
+    for changed in range(n + 1):
+        chance = float(stats.binom.pmf(changed, n, margin / size))
+        if chance > 1e-7:
+            found = verdict.paired_means(*sparse(n, changed, size), margin)
+            rate += chance * (found is not None and found.p_equivalence < ALPHA)
+    print(f"\nfalse reproduced, paired means, n={n}, changes of {size}: {rate:.4f}")
+    assert rate <= ALPHA
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05, 0.3])
+def test_false_reproduced_of_groups_where_few_change(noise: float) -> None:
+    """0/1 scores of three tasks with equal weights; `noise` is the share of answers that change both ways."""
+    rng, margin, trials, sizes = np.random.default_rng(7), 0.02, 2000, (200, 300, 500)
+    wrong = 0
+    for _ in range(trials):
+        pairs = []
+        for size in sizes:
+            draw = rng.random(size)
+            better, worse = draw < margin + noise / 2, draw > 1 - noise / 2
+            pairs.append((np.where(better, 1.0, 0.0), np.where(worse, 1.0, 0.0)))
+        found = verdict.paired_strata(pairs, [1 / 3] * 3, margin)
+        assert found is not None
+        assert found.method == "stratified"
+        wrong += found.p_equivalence < ALPHA
+    print(f"\nfalse reproduced, group of equal weights, noise {noise}: {wrong / trials:.4f}")
+    assert wrong / trials <= ALPHA
+
+
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.6])
+def test_false_reproduced_of_scores_without_a_bound(share: float) -> None:
+    """Log-likelihoods of which a share changed, one way and by very unequal sizes; a true difference of the margin.
+
+    Below 30 changes nothing is said. Above, Student's t is too bold for so skewed a change; the docs say by how much.
+    """
+    rng, margin, n, trials = np.random.default_rng(8), 0.02, 300, 2000
+    wrong = 0
+    for _ in range(trials):
+        theirs = -rng.uniform(100, 300, n)
+        ours = theirs - np.where(rng.random(n) < share, rng.exponential(50 * math.log1p(margin) / share, n), 0.0)
+        found = verdict.paired_log_likelihoods(ours, theirs, np.full(n, 50.0), "ratio", margin)
+        assert found is not None
+        wrong += found.p_equivalence < ALPHA
+    print(f"\nfalse reproduced, perplexity, {share} of the documents change: {wrong / trials:.4f}")
+    assert wrong / trials <= (0.0 if share < 0.1 else 0.1)
+
+
+def test_many_small_changes_and_no_change_are_reproduced_with_enough_documents() -> None:
+    rng, n = np.random.default_rng(9), 1319
+    theirs = rng.uniform(0.2, 0.8, n)
+    for ours in (theirs, theirs + rng.normal(0, 0.05, n), np.where(rng.random(n) < 0.1, rng.uniform(0, 1, n), theirs)):
+        found = verdict.paired_means(ours, theirs, 0.02)
+        assert found is not None
+        assert verdict.decide([found]) == ["reproduced"]
+    assert {margin: reproduced_from(margin) for margin in (0.02, 0.01)} == DOCUMENTS_WITHOUT_CHANGE
+
+
+def reproduced_from(margin: float) -> int:
+    """The least number of documents of a mean that shows equivalence if none of them changed."""
+    return next(n for n in range(2, 1000) if verdict.tost_bounded(np.zeros(n), margin, 1.0) < ALPHA)
+
+
+# docs/reproduce.md gives it.
+DOCUMENTS_WITHOUT_CHANGE = {0.02: 180, 0.01: 362}
+
+
+def test_what_did_not_change_is_no_evidence_where_nothing_bounds_a_change() -> None:
+    five = np.array([0.2, 0.4, 0.5, 0.6, 0.9])
+    means = verdict.paired_means(five, five, 0.02)
+    assert means is not None
+    assert means.p_equivalence > 0.5
+    unbounded = verdict.paired_means(10 * five, 10 * five, 0.02)
+    perplexity = verdict.paired_log_likelihoods(-five, -five, np.ones(5), "ratio", 0.02)
+    shifted = verdict.paired_log_likelihoods(-five - 0.001, -five, np.ones(5), "ratio", 0.02)
+    assert verdict.decide([unbounded, perplexity, shifted]) == ["inconclusive"] * 3
+    group = verdict.paired_strata([(np.zeros(2), np.zeros(2)), (np.ones(3), np.ones(3))], [0.5, 0.5], 0.02)
+    assert group is not None
+    assert group.p_equivalence > 0.5
+
+
+def test_two_changed_answers_do_not_show_a_difference() -> None:
+    group = verdict.paired_strata([(np.zeros(2), np.ones(2)), (np.zeros(3), np.zeros(3))], [0.5, 0.5], 0.02)
+    assert group is not None
+    assert (group.effect, group.low, group.high, group.p_difference) == (-0.5, None, None, 0.5)
+    assert verdict.decide([group]) == ["inconclusive"]
+    few = verdict.paired_means(*sparse(400, 4, 0.4), 0.001)
+    assert few is not None
+    assert few.p_difference == 0.125
+
+
 @pytest.mark.parametrize("n", [10, 40, 400])
 def test_rates_of_paired_means(n: int) -> None:
     rng = np.random.default_rng(n)

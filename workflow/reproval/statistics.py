@@ -227,6 +227,14 @@ def compare_binary(a: Floats, b: Floats, alpha: float = 1 - LEVEL) -> Comparison
     )
 
 
+def _at_least_of_signs(p_value: float, differences: Floats) -> float:
+    """The p-value, but no smaller than that of a sign test in which all questions that changed agree: 2^(1 - changed).
+
+    Where few changed, their spread is not known well enough for t or z to say more.
+    """
+    return max(p_value, min(1.0, 2.0 ** (1 - int(np.count_nonzero(differences)))))
+
+
 def compare_means(a: Floats, b: Floats, alpha: float = 1 - LEVEL) -> Comparison | None:
     """Two models' scores of any kind on the same questions: paired t, or sign-flip permutation below 30 questions.
 
@@ -240,8 +248,7 @@ def compare_means(a: Floats, b: Floats, alpha: float = 1 - LEVEL) -> Comparison 
     small = n < SMALL_SAMPLE
     if spread <= 1e-12 * max(1.0, abs(mean)):
         # Equal everywhere: nothing to test. The same step everywhere: only the permutation test has a distribution.
-        p_value = 1.0 if mean == 0 else min(1.0, 2.0 ** (1 - n))
-        return Comparison(n, mean, None, None, p_value, "paired permutation")
+        return Comparison(n, mean, None, None, _at_least_of_signs(0.0, d), "paired permutation")
     half = student_quantile((1 + LEVEL) / 2, n - 1) * spread / math.sqrt(n)
     if small:
         test = stats.permutation_test(
@@ -249,7 +256,7 @@ def compare_means(a: Floats, b: Floats, alpha: float = 1 - LEVEL) -> Comparison 
         )
         p_value, method = float(test.pvalue), "paired permutation"
     else:
-        p_value, method = float(stats.ttest_1samp(d, 0.0).pvalue), "paired t"
+        p_value, method = _at_least_of_signs(float(stats.ttest_1samp(d, 0.0).pvalue), d), "paired t"
     return Comparison(n, mean, mean - half, mean + half, p_value, method, detectable=detectable_mean(n, spread, alpha))
 
 
@@ -267,7 +274,10 @@ def compare_log_likelihoods(
         return None
     r, se = float(d.sum() / weights.sum()), ratio_stderr(d, weights)
     t = student_quantile((1 + LEVEL) / 2, n - 1)
-    p_value = 1.0 if se == 0 and r == 0 else float(2 * stats.t.sf(abs(r) / se, n - 1)) if se > 0 else 0.0
+    if se <= 1e-12 * max(1.0, abs(r)):
+        effect = math.exp(-r) if scale == "ratio" else -r / math.log(2)
+        return Comparison(n, effect, None, None, _at_least_of_signs(0.0, d), "paired ratio", scale)
+    p_value = _at_least_of_signs(float(2 * stats.t.sf(abs(r) / se, n - 1)), d)
     spread = se * math.sqrt(n)
     detectable = detectable_mean(n, spread, alpha)
     low, high = -r - t * se, -r + t * se
@@ -300,12 +310,12 @@ def compare_strata(
     se = math.sqrt(sum(w * w * float(d.var(ddof=1)) / d.size for w, d in zip(weights, differences, strict=True)))
     n = sum(sizes)
     if se == 0:
-        return Comparison(n, effect, None, None, 1.0 if effect == 0 else 0.0, "stratified")
+        return Comparison(n, effect, None, None, _at_least_of_signs(float(effect == 0), a - b), "stratified")
     z = normal_quantile((1 + LEVEL) / 2)
     reach = normal_quantile(1 - alpha / 2) + normal_quantile(POWER)
+    p_value = _at_least_of_signs(float(2 * stats.norm.sf(abs(effect) / se)), a - b)
     return Comparison(
-        n, effect, effect - z * se, effect + z * se, float(2 * stats.norm.sf(abs(effect) / se)), "stratified",
-        detectable=reach * se,
+        n, effect, effect - z * se, effect + z * se, p_value, "stratified", detectable=reach * se,
     )  # fmt: skip
 
 

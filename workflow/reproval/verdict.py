@@ -24,7 +24,7 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 from reproval import statistics
 from reproval.statistics import LEVEL, POWER, Floats, Scale
@@ -33,6 +33,9 @@ Verdict = Literal["identical", "reproduced", "differs", "inconclusive"]
 
 ALPHA = 1 - LEVEL
 NUISANCE_POINTS = 120
+# The largest bet is the one that pays where nothing changed; 2^-7 suits a spread of 1 and a margin of 0.01.
+BETS = 0.5 ** np.arange(8)
+BET_WEIGHTS = np.array([1 / 2] + [1 / 14] * 7)
 
 
 @dataclass(frozen=True)
@@ -179,31 +182,72 @@ def paired_binary(ours: Floats, theirs: Floats, margin: float, alpha: float = AL
 
 def tost_t(effect: float, stderr: float, margin: float, df: float) -> float:
     """The larger p-value of two one-sided t tests of `effect` against -margin and margin (Schuirmann 1987)."""
-    if stderr <= 0:
-        return 0.0 if abs(effect) < margin else 1.0
     return float(stats.t.sf((margin - abs(effect)) / stderr, df))
 
 
-def paired_means(ours: Floats, theirs: Floats, margin: float, alpha: float = ALPHA) -> Evidence | None:
-    """Scores of any kind of the same questions: paired t for equivalence, `statistics.compare_means` for difference.
+def tost_bounded(differences: Floats, margin: float, reach: float) -> float:
+    """The larger p-value of two one-sided tests of a mean whose values lie between -reach and reach.
 
-    Where all differences are equal there is no spread to test with: they count as the n heads or tails of a sign test,
-    p = 2^-n. None for fewer than two questions.
+    Whatever the distribution, and if every value has its own. With d_1..d_n the differences, R their reach and m the
+    margin, the chance that this is at least e is at most 1/e where the mean is m or more (Markov), so that p = 1/E:
+
+        E = sum over c of w_c prod over i of (1 + c (m - d_i) / (R - m)),   0 < c <= 1, the w_c sum to 1
+
+    Without any difference the term of c = 1 is (1 - m/R)^-n. The smaller c are for many that cancel out. Student's t
+    is too bold here: where few documents change, and change a lot, most samples show neither the change nor its spread.
+    Source: Waudby-Smith and Ramdas 2024, J. R. Stat. Soc. B 86:1, with a fixed mixture of bets.
+    """
+    if margin >= reach:
+        return 0.0
+
+    def log_e(d: Floats) -> float:
+        with np.errstate(divide="ignore"):
+            logs = np.log1p(np.maximum(BETS[:, None] * (margin - d) / (reach - margin), -1.0)).sum(axis=1)
+        return float(special.logsumexp(logs, b=BET_WEIGHTS))
+
+    return math.exp(-max(0.0, min(log_e(differences), log_e(-differences))))
+
+
+def too_few_changed(differences: Floats) -> bool:
+    """Whether a t test of unbounded differences says nothing: less than half of them, and fewer than 30, are not 0.
+
+    What did not change has no spread, and of the size of a rare change nothing is known.
+    """
+    changed = int(np.count_nonzero(differences))
+    return changed < min(differences.size / 2, statistics.SMALL_SAMPLE)
+
+
+def _within_unit(*values: Floats) -> bool:
+    return all(bool(((x >= 0) & (x <= 1)).all()) for x in values)
+
+
+def paired_means(ours: Floats, theirs: Floats, margin: float, alpha: float = ALPHA) -> Evidence | None:
+    """Scores of any kind of the same questions: `statistics.compare_means` for difference.
+
+    For equivalence `tost_bounded` where all scores lie in [0, 1], else paired t. Without that bound nothing shows
+    equivalence, p = 1, where `too_few_changed` or all differ by the same. None for fewer than two questions.
     """
     compared = statistics.compare_means(ours, theirs, alpha)
     if compared is None:
         return None
     n, d = ours.size, ours - theirs
-    stderr = float(d.std(ddof=1)) / math.sqrt(n)
-    effect = compared.effect
-    if stderr <= 1e-12 * max(1.0, abs(effect)):
-        p_equivalence = 0.5**n if abs(effect) < margin else 1.0
-        low = high = effect
+    if _within_unit(ours, theirs):
+        p_equivalence = tost_bounded(d, margin, 1.0)
+    elif compared.low is None or too_few_changed(d):
+        p_equivalence = 1.0
     else:
-        p_equivalence = tost_t(effect, stderr, margin, n - 1)
-        half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * stderr
-        low, high = effect - half, effect + half
-    return Evidence(n, effect, low, high, p_equivalence, compared.p_value, compared.detectable, margin, compared.method)
+        p_equivalence = tost_t(compared.effect, float(d.std(ddof=1)) / math.sqrt(n), margin, n - 1)
+    return Evidence(
+        n,
+        compared.effect,
+        compared.low,
+        compared.high,
+        p_equivalence,
+        compared.p_value,
+        compared.detectable,
+        margin,
+        compared.method,
+    )
 
 
 def paired_log_likelihoods(
@@ -212,7 +256,8 @@ def paired_log_likelihoods(
     """Log-likelihoods of the same documents, weighted by their words or bytes: TOST with t on the ratio of sums.
 
     On the scale `ratio` (perplexities) the margin is relative: the logarithm of the ratio is tested against
-    ±log(1 + margin). On `difference` (bits per byte) it is in bits. None for fewer than two documents.
+    ±log(1 + margin). On `difference` (bits per byte) it is in bits. A log-likelihood has no bound, so that nothing
+    shows equivalence, p = 1, where `too_few_changed` or all differ by the same. None for fewer than two documents.
     """
     compared = statistics.compare_log_likelihoods(ours, theirs, weights, scale, alpha)
     if compared is None:
@@ -220,7 +265,9 @@ def paired_log_likelihoods(
     d = ours - theirs
     n, nats = d.size, -float(d.sum() / weights.sum())
     limit = math.log1p(margin) if scale == "ratio" else margin * math.log(2)
-    p_equivalence = tost_t(nats, statistics.ratio_stderr(d, weights), limit, n - 1)
+    p_equivalence = 1.0
+    if compared.low is not None and not too_few_changed(d):
+        p_equivalence = tost_t(nats, statistics.ratio_stderr(d, weights), limit, n - 1)
     detectable = compared.detectable
     if detectable is not None and scale == "ratio":
         detectable -= 1
@@ -243,8 +290,9 @@ def paired_strata(
 ) -> Evidence | None:
     """A group of tasks, with the group's own weights (they sum to 1). See `statistics.compare_strata`.
 
-    0/1 scores weighted by size are one table of paired proportions; otherwise TOST is normal on the weighted mean of
-    the differences, with each task's own variance. None if a task has fewer than two questions.
+    0/1 scores weighted by size are one table of paired proportions. Otherwise each difference counts w n / n_task, so
+    that their plain mean is the group's: `tost_bounded` where all scores lie in [0, 1], else TOST is normal, with each
+    task's own variance, and p = 1 as for `paired_means`. None if a task has fewer than two questions.
     """
     if not pairs:
         return None
@@ -255,14 +303,21 @@ def paired_strata(
         return None
     if compared.method != "stratified":
         return paired_binary(ours, theirs, margin, alpha)
-    differences = [a - b for a, b in pairs]
-    stderr = math.sqrt(sum(w * w * float(d.var(ddof=1)) / d.size for w, d in zip(weights, differences, strict=True)))
-    p_equivalence = tost_t(compared.effect, stderr, margin, math.inf)
+    n, differences = compared.n, [a - b for a, b in pairs]
+    if _within_unit(ours, theirs):
+        counts = [w * n / d.size for w, d in zip(weights, differences, strict=True)]
+        scaled = np.concatenate([count * d for count, d in zip(counts, differences, strict=True)])
+        p_equivalence = tost_bounded(scaled, margin, max(counts))
+    elif compared.low is None or too_few_changed(ours - theirs):
+        p_equivalence = 1.0
+    else:
+        variances = [w * w * float(d.var(ddof=1)) / d.size for w, d in zip(weights, differences, strict=True)]
+        p_equivalence = tost_t(compared.effect, math.sqrt(sum(variances)), margin, math.inf)
     return Evidence(
-        compared.n,
+        n,
         compared.effect,
-        compared.low if compared.low is not None else compared.effect,
-        compared.high if compared.high is not None else compared.effect,
+        compared.low,
+        compared.high,
         p_equivalence,
         compared.p_value,
         compared.detectable,
