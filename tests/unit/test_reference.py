@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from reproval import config as configuration
-from reproval import reference
+from reproval import reference, reproduce
 from reproval.problems import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +59,8 @@ def test_the_schema_is_what_the_models_say() -> None:
         ("metric: acc_norm, value: 0.773", "metric: acc, value: 0.773", "once, not twice"),
         ("  absolute: 0.02", "  absolute: 0.02\n  relative: 0.1", "either absolute or relative"),
         ("n: 1000", "n: 0", "greater than or equal to 1"),
+        ("value: 0.779", "value: 77.9", "no percentage"),
+        ("num_fewshot: 5\n", "num_fewshot: 3\n", "one num_fewshot for"),
     ],
 )
 def test_a_wrong_reference_is_refused_with_file_key_and_mend(
@@ -89,6 +91,13 @@ def test_what_runs_comes_from_the_reference_and_where_from_the_configuration(tmp
     assert made["suites"]["five-shot"]["limit"] == 10
     assert made["suites"]["five-shot"]["num_fewshot"] == 5
     assert (made["hardware"], made["store"]) == ({"gpus": 0, "cpus": 3}, "elsewhere")
+
+
+def test_a_score_may_have_been_made_with_another_engine_than_the_others() -> None:
+    loaded = reference.load(ROOT / "config/references/vllm-ci-gsm8k.yaml")
+    engines = {score.model: reproduce.published_settings(loaded, score)["engine"] for score in loaded.scores}
+    assert engines == {"Qwen2.5-1.5B-Instruct": "vLLM", "Meta-Llama-3-8B-Instruct": "transformers"}
+    assert {reproduce.published_settings(loaded, score)["harness"] for score in loaded.scores} == {"lm-eval"}
 
 
 def test_without_reference_nothing_changes_and_two_are_too_many(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from reproval import bundle, strictyaml
 from reproval.folders import kind_of, resolve
@@ -25,6 +25,8 @@ from reproval.settings import ModelConfig, Name, Section, SuiteConfig, Text
 
 # What a model is fetched by. A local `path` takes its place.
 HUB_KEYS = ("hub", "revision", "allow_floating", "gated")
+# Metrics that are shares of the documents in lm-eval's tasks.
+PROPORTIONS = ("acc", "acc_norm", "exact_match")
 
 
 class Source(Section):
@@ -80,8 +82,16 @@ class PublishedScore(Section):
     n: int | None = Field(default=None, ge=1, description="Documents, if published or if they follow from it.")
     task_version: str | int | float | None = Field(default=None, description="As lm-eval reports it.")
     num_fewshot: int | None = Field(default=None, ge=0)
+    made_with: MadeWith | None = Field(default=None, description="What of the reference's `made_with` is otherwise.")
     margin: Margin | None = Field(default=None, description="Default: the reference's.")
     note: Text | None = None
+
+    @field_validator("value")
+    @classmethod
+    def _share(cls, value: float, info: ValidationInfo) -> float:
+        if info.data.get("metric") in PROPORTIONS and not 0 <= value <= 1:
+            raise ValueError("a share between 0 and 1, as lm-eval gives it, and no percentage")
+        return value
 
 
 class Reference(Section):
@@ -107,6 +117,12 @@ class Reference(Section):
             if identity in seen:
                 raise ValueError(f"{' '.join(identity)} once, not twice")
             seen.add(identity)
+            asked = self.suites[score.suite].shots_of(score.task)
+            if None not in (asked, score.num_fewshot) and asked != score.num_fewshot:
+                raise ValueError(
+                    f"one num_fewshot for {' '.join(identity)}, not {score.num_fewshot} under scores and {asked} "
+                    "under suites"
+                )
         return self
 
 
