@@ -187,10 +187,121 @@ def test_a_published_value(
 
 def test_a_published_score_that_was_not_evaluated_is_inconclusive(project: synthetic.Project) -> None:
     models = load(project.results, project.evaluations)
-    found = reproduce.judge_published(published(project.results, "capitals", "f1", 0.5), models)
+    known = published(project.results, "capitals", "acc", 0.5, n=50)
+    unknown = published(project.results, "capitals", "f1", 0.5)
+    found = reproduce.judge_published(known.model_copy(update={"scores": [*known.scores, *unknown.scores]}), models)
+    assert found.scores[1].verdict == "inconclusive"
+    assert found.scores[1].notes == ["not evaluated here"]
+    with pytest.raises(reproduce.NothingToJudge, match=r"expected capitals f1 \(none\); found capitals acc \(none\)"):
+        reproduce.judge_published(unknown, models)
+
+
+def test_a_percentage_as_reference_is_named_not_tested(project: synthetic.Project) -> None:
+    models = load(project.results, project.evaluations)
+    reference = published(project.results, "sums", "exact_match", 0.5, n=60, filter="strict-match")
+    percent = reference.scores[0].model_copy(update={"value": 54.0})
+    found = reproduce.judge_published(reference.model_copy(update={"scores": [percent]}), models)
     assert found.verdict == "inconclusive"
-    assert found.scores[0].notes == ["not evaluated here"]
-    assert found.exit_code == 3
+    assert "value 54 is no proportion: a percentage?" in found.scores[0].notes[0]
+
+
+def with_value(results: Path, task: str, metric: str, change: Callable[[float], float]) -> None:
+    """Another value of a score, with the same samples."""
+    old = next(r for p in results.glob("tasks/*/*/result.json") if (r := read_record(p, UnitResult)).task == task)
+    scores = [
+        s.model_copy(update={"value": change(s.value)}) if (s.task, s.metric) == (task, metric) else s
+        for s in old.scores
+    ]
+    edit(results, task, lambda _: None, scores=scores)
+
+
+@pytest.mark.parametrize(("task", "metric"), [("capitals", "acc"), ("essays", "bits_per_byte"), ("mmlu", "acc")])
+@pytest.mark.parametrize("side", ["reference", "here"])
+def test_the_same_samples_with_another_value_are_not_identical(
+    project: synthetic.Project, other: Path, tmp_path: Path, task: str, metric: str, side: str
+) -> None:
+    with_value(other, task, metric, lambda value: value / 3)
+    a, b = (other, project.results) if side == "reference" else (project.results, other)
+    code, found = judged(a, b, tmp_path)
+    entry = score(found, task, metric)
+    assert entry.verdict not in ("identical", "reproduced")
+    assert entry.here is not None
+    assert entry.reference is not None
+    if entry.effect is None:
+        assert "no standard error of the score here: nothing to test with" in entry.notes
+    else:
+        assert entry.effect == pytest.approx(entry.here - entry.reference)
+    assert entry.samples is not None
+    assert entry.samples.changed_scores == 0
+    assert "the samples are the same and the values are not: another aggregation" in entry.notes
+    assert code in (1, 3)
+    assert found.exit_code == code
+
+
+def test_a_score_that_its_samples_do_not_make_is_compared_as_two_values(
+    project: synthetic.Project, other: Path, tmp_path: Path
+) -> None:
+    """With both sides aggregated in the same unknown way, and one answer changed."""
+    first = tmp_path / "first"
+    shutil.copytree(project.results, first)
+
+    def flip(line: dict[str, Any]) -> None:
+        if line["doc_id"] == 5:
+            line["acc"] = 1 - line["acc"]
+            line["filtered_resps"] = line["filtered_resps"][::-1]
+
+    for results in (first, other):
+        with_value(results, "capitals", "acc", lambda value: value**2)
+    edit(other, "capitals", flip)
+    _, found = judged(first, other, tmp_path)
+    entry = score(found, "capitals", "acc")
+    assert entry.effect == 0
+    assert entry.method is not None
+    assert entry.method.startswith("two values")
+    assert "compared as two values" in entry.notes[0]
+    assert entry.samples is not None
+    assert entry.samples.changed_answers == 1
+
+
+def test_a_generation_setting_of_one_side_only_is_named(
+    project: synthetic.Project, other: Path, tmp_path: Path
+) -> None:
+    def asked(results: Path, generation: dict[str, Any]) -> None:
+        old = next(r for p in results.glob("tasks/*/*/result.json") if (r := read_record(p, UnitResult)).task == "sums")
+        settings = {**old.made_of.get("settings", {}), "generation": generation}
+        edit(results, "sums", lambda _: None, made_of={**old.made_of, "settings": settings})
+
+    first = tmp_path / "first"
+    shutil.copytree(project.results, first)
+    for ours, theirs, expected in (
+        ({"temperature": 0.7}, {}, ("not set", "0.7")),
+        ({}, {"temperature": 0.7}, ("0.7", "not set")),
+        ({"max_gen_toks": 8, "temperature": 0.7}, {"max_gen_toks": 8}, ("not set", "0.7")),
+    ):
+        asked(first, theirs)
+        asked(other, ours)
+        _, found = judged(first, other, tmp_path)
+        (unlike,) = score(found, "sums", "exact_match").unlike
+        assert (unlike.what, unlike.reference, unlike.here) == ("generation: temperature", *expected)
+
+
+@pytest.mark.parametrize("margin", ["0", "-0.1", "nan", "much"])
+def test_a_margin_that_is_none_is_refused(margin: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        reproduce.main(["compare", "a", "b", f"--margin={margin}"])
+    assert stopped.value.code == 2
+    assert "--margin" in capsys.readouterr().err
+
+
+def test_a_fault_of_the_program_does_not_exit_as_a_difference_does(
+    project: synthetic.Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("of this test")
+
+    monkeypatch.setattr(reproduce, "judge_runs", fail)
+    assert reproduce.main(["compare", str(project.results), str(project.results)]) == 2
+    assert "of this test" in capsys.readouterr().err
 
 
 def test_shown_verdicts_exit_with_their_code(

@@ -15,6 +15,7 @@ import json
 import math
 import sys
 import tempfile
+import traceback
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from pydantic import Field
 from reproval import bundle, statistics, verdict
 from reproval import reference as references
 from reproval.bundle import BundleError
-from reproval.collect import ModelData, UnitData, is_mean, load, package_version, prompts_cut
+from reproval.collect import ModelData, UnitData, finite, is_mean, load, package_version, prompts_cut
 from reproval.files import RecordError, atomic, read_record, write_record
 from reproval.problems import ConfigError
 from reproval.records import Part, Record, Score
@@ -154,7 +155,8 @@ def settings_of(model: ModelData, unit: UnitData, task: str) -> dict[str, Any]:
 
 def published_settings(reference: Reference, score: PublishedScore) -> dict[str, Any]:
     """The same of a published score, as far as its source says; the rest is left out."""
-    suite, made = reference.suites[score.suite], reference.made_with
+    suite, own = reference.suites[score.suite], score.made_with
+    made = reference.made_with.model_copy(update=own.model_dump(exclude_unset=True) if own else {})
     known = {
         "model": _model_name(reference.models[score.model].hub, reference.models[score.model].revision),
         "dtype": made.dtype,
@@ -226,11 +228,12 @@ def between_runs(a: tuple[ModelData, UnitData], b: tuple[ModelData, UnitData], t
         other = ours[name]
         if value == other:
             continue
-        if isinstance(value, dict) and isinstance(other, dict):
-            leaf = next((leaf for leaf in value if value[leaf] != other.get(leaf)), None)
-            if leaf is None:
+        if isinstance(value, dict) or isinstance(other, dict):
+            value, other = value or {}, other or {}
+            key = next((key for key in {**value, **other} if value.get(key) != other.get(key)), None)
+            if key is None:
                 continue
-            value, other, name = value[leaf], other.get(leaf), name if len(theirs[name]) == 1 else f"{name} of {leaf}"
+            value, other, name = value.get(key), other.get(key), name if key == task else f"{name}: {key}"
         found.append(Unlike(what=name, reference=_shown(value), here=_shown(other)))
     return found
 
@@ -387,11 +390,25 @@ class Paired:
     notes: list[str]
 
 
-def paired(score: Score, theirs: UnitData, ours: UnitData, margin: Margin | float, alpha: float) -> Paired | None:
-    """Judge a score on the questions that both sides have; None where samples do not make the score."""
+@dataclass(frozen=True)
+class Side:
+    """One side's score, and all of its samples by task: values, or log-likelihoods and weights."""
+
+    score: Score
+    columns: list[tuple[Floats, Floats | None]]
+
+
+def paired(
+    reported: Score, score: Score, theirs: UnitData, ours: UnitData, margin: float, alpha: float
+) -> Paired | None:
+    """Judge a score on the questions that both sides have: theirs as `reported`, and ours; None without samples.
+
+    `margin` is a difference of scores, and a share of perplexities. `evidence` is None where the samples of a side do
+    not make its score, or not in the same way as the other's.
+    """
     leaves = ours.groups.get(score.task, []) if score.group else [score.task]
     values: list[tuple[Floats, Floats]] = []
-    whole: list[Floats] = []
+    whole: tuple[Side, Side] = Side(reported, []), Side(score, [])
     weighted: list[tuple[Floats, Floats, Floats]] = []
     changed, same = 0, True
     for leaf in leaves:
@@ -405,60 +422,63 @@ def paired(score: Score, theirs: UnitData, ours: UnitData, margin: Margin | floa
             known = ~(np.isnan(x) | np.isnan(y))
             changed += int(np.sum(x[known] != y[known])) + int(np.sum(np.isnan(x) != np.isnan(y)))
             values.append((y[known], x[known]))
-            column = b.values[score.metric]
-            whole.append(column[~np.isnan(column)])
+            for side, samples in zip(whole, (a, b), strict=True):
+                side.columns.append((finite(samples.values[score.metric]), None))
         elif score.metric in a.weighted and score.metric in b.weighted:
             (x, w), (y, v) = a.weighted[score.metric], b.weighted[score.metric]
             if not np.array_equal(w[ia], v[ib]):
                 return None
             changed += int(np.sum(x[ia] != y[ib]))
             weighted.append((y[ib], x[ia], v[ib]))
-            whole.append(y)
+            for side, column in zip(whole, ((x, w), (y, v)), strict=True):
+                side.columns.append(column)
         else:
             return None
     notes = [] if same else [f"judged on the {sum(len(x) for x, *_ in [*values, *weighted])} documents of both sides"]
-    evidence = _evidence(score, values, weighted, whole, ours, leaves, margin, alpha)
+    evidence = _evidence(values, weighted, whole, margin, alpha)
     return Paired(evidence, changed, same, notes)
 
 
 def _evidence(
-    score: Score,
     values: list[tuple[Floats, Floats]],
     weighted: list[tuple[Floats, Floats, Floats]],
-    whole: list[Floats],
-    ours: UnitData,
-    leaves: Sequence[str],
-    margin: Margin | float,
+    whole: tuple[Side, Side],
+    margin: float,
     alpha: float,
 ) -> Evidence | None:
     if any(x.size == 0 for x, *_ in [*values, *weighted]):
         return None
-    if score.group:
-        if len(values) != len(leaves):
+    if whole[0].score.group:
+        theirs, weights = map(_group_weights, whole)
+        if not values or weighted or theirs is None or weights is None:
             return None
-        weights = statistics.group_weights(
-            [float(column.mean()) for column in whole], [column.size for column in whole], score.value
-        )
-        limit = _limit(margin, score.value, "difference")
-        return verdict.paired_strata(values, weights, limit, alpha) if weights else None
-    if values:
+        return verdict.paired_strata(values, weights, margin, alpha) if np.allclose(theirs, weights) else None
+    means = [weights is None and is_mean(side.score, column) for side in whole for column, weights in side.columns]
+    if all(means):
         y, x = values[0]
-        if is_mean(score, whole[0]):
-            limit = _limit(margin, float(x.mean()) or 1.0, "difference")
-            if statistics.is_binary(x) and statistics.is_binary(y):
-                return verdict.paired_binary(y, x, limit, alpha)
-            return verdict.paired_means(y, x, limit, alpha)
-        w = np.ones_like(y)
-        found = statistics.log_likelihood_interval(score.value, whole[0], np.ones_like(whole[0]))
-    else:
-        y, x, w = weighted[0]
-        numerators, weights_ = ours.samples[(score.task, score.filter)].weighted[score.metric]
-        found = statistics.log_likelihood_interval(score.value, numerators, weights_)
-    if found is None:
+        if statistics.is_binary(x) and statistics.is_binary(y):
+            return verdict.paired_binary(y, x, margin, alpha)
+        return verdict.paired_means(y, x, margin, alpha)
+    scales = [
+        found[1] if (found := statistics.log_likelihood_interval(side.score.value, column, w)) else None
+        for side in whole
+        for column, weights in side.columns
+        for w in [np.ones_like(column) if weights is None else weights]
+    ]
+    scale = scales[0]
+    if scale is None or any(means) or scales[1] != scale:
         return None
-    scale = found[1]
-    reference = abs(float(x.sum() / w.sum())) / math.log(2) if scale == "difference" else score.value
-    return verdict.paired_log_likelihoods(y, x, w, scale, _limit(margin, reference, scale), alpha)
+    y, x, w = weighted[0] if weighted else (*values[0], np.ones_like(values[0][0]))
+    return verdict.paired_log_likelihoods(y, x, w, scale, margin, alpha)
+
+
+def _group_weights(side: Side) -> list[float] | None:
+    """How a side's score weights its tasks; None where no task's samples are plain values, or neither way fits."""
+    columns = [column for column, weights in side.columns if weights is None]
+    if len(columns) != len(side.columns) or any(column.size == 0 for column in columns):
+        return None
+    means = [float(column.mean()) for column in columns]
+    return statistics.group_weights(means, [column.size for column in columns], side.score.value)
 
 
 def published(score: Score, ours: UnitData, theirs: PublishedScore, margin: Margin | float, alpha: float) -> tuple[
@@ -470,6 +490,8 @@ def published(score: Score, ours: UnitData, theirs: PublishedScore, margin: Marg
     column = samples.values.get(score.metric) if samples and not score.group else None
     column = column[~np.isnan(column)] if column is not None else None
     binary = column is not None and is_mean(score, column) and statistics.is_binary(column)
+    if binary and not 0 <= theirs.value <= 1:
+        return None, [f"value {theirs.value:g} is no proportion: a percentage? Write it as a share of 1"]
     if binary and column is not None and (theirs.n is not None or theirs.stderr is None):
         n = theirs.n
         if n is None:
@@ -559,11 +581,14 @@ def conclude(title: str, source: str, because: str, drafts: Sequence[Draft]) -> 
 
 
 def judge_published(reference: Reference, models: Sequence[ModelData], margin: float | None = None) -> Reproduction:
-    """Judge runs against a reference; `margin`, absolute, takes the place of the reference's own."""
+    """Judge runs against a reference; `margin`, absolute, takes the place of the reference's own.
+
+    Raises NothingToJudge if none of its scores was evaluated.
+    """
     alpha = ALPHA / len(reference.scores)
     drafts = []
     for theirs in reference.scores:
-        chosen = margin or theirs.margin or reference.margin
+        chosen = margin if margin is not None else theirs.margin or reference.margin
         entry = ScoreVerdict(
             model=theirs.model,
             suite=theirs.suite,
@@ -588,6 +613,16 @@ def judge_published(reference: Reference, models: Sequence[ModelData], margin: f
             update={"here": score.value, "n": score.n, "notes": [*entry.notes, *notes], "unlike": unlike}
         )
         drafts.append(Draft(entry, evidence, False))
+    if all(draft.entry.here is None for draft in drafts):
+        tops = [score for run in models for u in run.units for score in u.result.scores if score.task in u.top_tasks]
+        wanted, here = (
+            ", ".join(sorted({f"{score.task} {score.metric} ({score.filter})" for score in scores})) or "none"
+            for scores in (reference.scores, tops)
+        )
+        raise NothingToJudge(
+            f"none of the reference's scores was evaluated here: expected {wanted}; found {here}. "
+            "Correct model, suite, task, metric or filter under scores"
+        )
     because = _because(margin) or reference.margin.because
     return conclude(reference.title, reference.source.url, because, drafts)
 
@@ -600,7 +635,7 @@ def judge_runs(
     margin: float | None = None,
 ) -> Reproduction:
     """Judge runs against runs, each given with its results folder: every score that no group stands for."""
-    chosen = margin or DEFAULT_MARGIN
+    chosen = DEFAULT_MARGIN if margin is None else margin
     found = []
     for model, unit in [(their, unit) for their in theirs[1] for unit in their.units]:
         name = model.evaluation.model
@@ -643,17 +678,12 @@ def judge_runs(
             drafts.append(Draft(entry, None, False))
             continue
         model_here, unit_here, here = at
-        result = paired(here, unit, unit_here, chosen, alpha)
+        result = paired(score, here, unit, unit_here, chosen, alpha)
         unlike = between_runs((model, unit), (model_here, unit_here), score.task)
-        update: dict[str, Any] = {"here": here.value, "n": here.n, "notes": [], "unlike": unlike}
+        entry = entry.model_copy(update={"here": here.value, "n": here.n, "notes": [], "unlike": unlike})
         if result is None:
-            as_published = PublishedScore(
-                model=entry.model, suite=entry.suite, task=score.task, metric=score.metric, filter=score.filter,
-                value=score.value, stderr=score.stderr or None, n=score.n,
-            )  # fmt: skip
-            evidence, notes = published(here, unit_here, as_published, chosen, alpha)
-            update["notes"] = ["not a mean of its samples: compared as two values", *notes]
-            drafts.append(Draft(entry.model_copy(update=update), evidence, False))
+            evidence, notes = _as_two_values(score, here, unit_here, chosen, alpha)
+            drafts.append(Draft(entry.model_copy(update={"notes": notes}), evidence, False))
             continue
         files = (
             theirs[0] / unit.reference.folder / "samples.jsonl.gz",
@@ -667,13 +697,32 @@ def judge_runs(
             first = Unlike(what="prompt", reference="", here=compared.first_changed_prompt or "")
             hashes = [entry.what.startswith("task and its prompts") for entry in unlike]
             at_hash = hashes.index(True) if True in hashes else len(unlike)
-            update["unlike"] = [*unlike[:at_hash], first, *unlike[at_hash + 1 :]]
-        update |= {"notes": result.notes, "samples": compared}
+            unlike = [*unlike[:at_hash], first, *unlike[at_hash + 1 :]]
         changes = result.changed_scores + compared.changed_prompts + compared.changed_answers
-        identical = result.same_documents and changes == 0
-        drafts.append(Draft(entry.model_copy(update=update), result.evidence, identical))
+        same_value = math.isclose(score.value, here.value, rel_tol=1e-9)
+        identical = result.same_documents and changes == 0 and same_value
+        evidence, notes = result.evidence, result.notes
+        if changes == 0 and result.same_documents and not same_value:
+            notes = [*notes, "the samples are the same and the values are not: another aggregation"]
+        if evidence is None and not identical:
+            evidence, more = _as_two_values(score, here, unit_here, chosen, alpha)
+            notes = [*notes, *more]
+        update = {"notes": notes, "samples": compared, "unlike": unlike}
+        drafts.append(Draft(entry.model_copy(update=update), evidence, identical))
     because = _because(margin) or f"reproval's own, {DEFAULT_MARGIN}, because nobody stated one"
     return conclude(title, source, because, drafts)
+
+
+def _as_two_values(
+    theirs: Score, here: Score, unit: UnitData, margin: float, alpha: float
+) -> tuple[Evidence | None, list[str]]:
+    """Judge a score without pairs, for want of samples that make it on both sides."""
+    value = PublishedScore(
+        model="reference", suite="reference", task=theirs.task, metric=theirs.metric, filter=theirs.filter,
+        value=theirs.value, stderr=theirs.stderr or None, n=theirs.n,
+    )  # fmt: skip
+    evidence, notes = published(here, unit, value, margin, alpha)
+    return evidence, ["too few samples of both sides, or they do not make the score: compared as two values", *notes]
 
 
 def _limit(margin: Margin | float, value: float, scale: Scale) -> float:
@@ -857,6 +906,13 @@ def _write(reproduction: Reproduction, json_path: Path | None, markdown_path: Pa
             stream.write(table_markdown(reproduction))
 
 
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0, such as {DEFAULT_MARGIN}")
+    return value
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m reproval.reproduce", fromfile_prefix_chars="@", description=__doc__.split("\n")[0]
@@ -873,7 +929,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compare.add_argument("a", type=Path, metavar="A")
     compare.add_argument("b", type=Path, metavar="B")
     for command in (judge, compare):
-        command.add_argument("--margin", type=float, help="largest difference that counts as none")
+        command.add_argument("--margin", type=_positive, help="largest difference that counts as none")
         command.add_argument("--json", type=Path)
         command.add_argument("--markdown", type=Path)
     show = commands.add_parser("show", help="print verdicts; the exit code is theirs")
@@ -905,6 +961,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
     except (RecordError, BundleError, ConfigError, NothingToJudge, OSError) as error:
         print(f"reproval.reproduce: {error}", file=sys.stderr)
+        return 2
+    except Exception:
+        # Python's own exit code for it is 1, which is that of "differs".
+        traceback.print_exc()
         return 2
     print(table_text(reproduction), end="")
     return reproduction.exit_code
