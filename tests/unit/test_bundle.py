@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import html
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -15,7 +18,7 @@ import requests
 import synthetic
 import yaml
 
-from reproval import bundle
+from reproval import bundle, scrub
 from reproval.bundle import BundleError
 from reproval.files import read_record, sha256_file, write_record
 from reproval.records import Evaluation, ModelManifest, StoredFile
@@ -132,6 +135,80 @@ def test_a_secret_stops_it_by_name(project: Path, tmp_path: Path, monkeypatch: p
     finally:
         report.unlink()
     assert not (tmp_path / "b.zip").exists()
+
+
+SECRET_VALUE = 'correct "horse" & bättery\\staple'
+
+
+@pytest.mark.parametrize("written", [json.dumps, lambda x: json.dumps(x, ensure_ascii=False), html.escape, str])
+def test_a_secret_is_found_as_a_file_writes_it(written: Callable[[str], str]) -> None:
+    text = f"<p>{written(SECRET_VALUE)}</p>"
+    assert scrub.own(text, {"MY_API_KEY": SECRET_VALUE}) == "the value of the environment variable MY_API_KEY"
+    assert scrub.own(text, {"MY_API_KEY": "another secret"}) is None
+
+
+TOKEN = b"hf_" + b"a" * 30
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("data.jsonl.gz", gzip.compress(TOKEN), "holds something shaped like a token"),
+        ("samples.jsonl.gz", gzip.compress(TOKEN), "holds something shaped like a token"),
+        ("data.jsonl.gz", TOKEN, "no gzip file"),
+        ("data.jsonl.gz", gzip.compress(TOKEN)[:-9], "no gzip file"),
+        ("Capitals.yaml", b"task: other", "two files of one name"),
+        ("a\\b.yaml", b"task: other", "leads out"),
+        (os.fsdecode(b"\xff.yaml"), b"task: other", "no bundle has"),
+    ],
+    ids=["token", "token in samples of a task", "no gzip", "cut gzip", "case", "backslash", "no UTF-8"],
+)
+def test_a_task_file_that_may_not_be_in_it_stops_it_by_name(
+    project: Path, tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
+    path = project / "tasks" / name
+    path.write_bytes(content)
+    try:
+        with pytest.raises(BundleError, match=said) as refused:
+            make(project, tmp_path / "b.zip")
+        assert repr(name)[1:-1] in str(refused.value)
+    finally:
+        path.unlink()
+    assert not (tmp_path / "b.zip").exists()
+
+
+def test_a_name_with_a_line_separator_comes_back(project: Path, tmp_path: Path) -> None:
+    path = project / "tasks/a\u2028b.yaml"
+    path.write_text("task: other\n", encoding="utf-8")
+    try:
+        make(project, tmp_path / "b.zip")
+    finally:
+        path.unlink()
+    bundle.unpack(tmp_path / "b.zip", tmp_path / "out")
+    bundle.check_folder(tmp_path / "out")
+    assert len(list((tmp_path / "out").rglob("a\u2028b.yaml"))) == 1
+
+
+def test_a_bundle_says_what_runs_and_nothing_else(tmp_path: Path) -> None:
+    asked = {
+        "models": {"m": {"path": "x"}},
+        "suites": {"s": {"tasks": ["mmlu"], "include_path": "task-files/s"}},
+        "seed": 3,
+        "repeats": 2,
+        "batch_invariant": True,
+    }
+    others = {"margin": 0.9, "hardware": {"gpus": 8}, "store": "/elsewhere", "local_copy": "/tmp"}
+    path = tmp_path / "unpacked" / bundle.CONFIGURATION
+    path.parent.mkdir()
+    path.write_text(yaml.safe_dump(asked | others))
+    found = bundle.asked_by(path.parent, tmp_path)
+    assert found.keys() == asked.keys()
+    assert found["suites"]["s"]["include_path"] == "unpacked/task-files/s"
+    for outside in ("task-files/../..", "/etc", "tasks", "../task-files"):
+        asked["suites"] = {"s": {"tasks": ["mmlu"], "include_path": outside}}
+        path.write_text(yaml.safe_dump(asked))
+        with pytest.raises(BundleError, match=r"suites\.s\.include_path: found .* expected a folder below task-files/"):
+            bundle.asked_by(path.parent, tmp_path)
 
 
 def test_every_changed_byte_is_found_and_every_file_named(archive: Path, tmp_path: Path) -> None:

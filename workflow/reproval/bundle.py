@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -34,6 +35,8 @@ from reproval.run_file import RunFile
 SUMS = "SHA256SUMS"
 CRATE = "ro-crate-metadata.json"
 CONFIGURATION = "configuration.yaml"
+# The keys of it that say what runs.
+ASKED = ("models", "suites", "container", "seed", "repeats", "batch_invariant")
 # What the image holds, as CycloneDX.
 SBOM = "image.cdx.json"
 README = "README.md"
@@ -211,8 +214,16 @@ def _refuse_secrets(name: str, content: Content) -> None:
     answers may hold anything that looks like a password.
     """
     data = content if isinstance(content, bytes) else content.read_bytes()
-    samples = name.endswith(".gz")
-    text = (gzip.decompress(data) if samples else data).decode("utf-8", errors="replace")
+    if name.endswith(".gz"):
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise BundleError(
+                f"{name}: no gzip file ({error}), so that it cannot be searched for secrets; expected what its name "
+                "says. Rename it, or write it again"
+            ) from error
+    samples = name.startswith("results/") and name.endswith("/samples.jsonl.gz")
+    text = data.decode("utf-8", errors="replace")
     told = scrub.own(text) if samples or name == SBOM or name.startswith("workflow/") else scrub.leaks(text)
     if told is not None:
         raise BundleError(
@@ -411,6 +422,8 @@ def make(
     """Bundle these evaluations; return the archive's SHA-256. Raises BundleError, RecordError, OSError."""
     runs = read_runs(results, evaluations)
     contents = members(results, runs, manifests, base, workdir, sbom)
+    if reason := _unsafe_name(sorted(contents)):
+        raise BundleError(f"{reason}, so that nobody could unpack it. Rename it")
     files = {name: _sized(contents[name]) for name in sorted(contents)}
     contents[CRATE] = (json.dumps(crate(files, runs), indent=1, ensure_ascii=False) + "\n").encode()
     files[CRATE] = _sized(contents[CRATE])
@@ -421,6 +434,12 @@ def make(
 
 def _sums(hashes: Mapping[str, str]) -> bytes:
     return "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes)).encode()
+
+
+def _listed(sums: bytes) -> dict[str, str]:
+    """Name -> SHA-256 of a SHA256SUMS. Only a line feed ends a line: a name may hold U+2028."""
+    lines = [line.partition("  ") for line in sums.decode("utf-8").split("\n") if line]
+    return {name: sha256 for sha256, _, name in lines}
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -456,8 +475,8 @@ def _unpack(path: Path, folder: Path) -> None:
         names = [info.filename for info in infos]
         if len(infos) > MOST_FILES or sum(info.file_size for info in infos) > min(size, LARGEST_BYTES):
             raise BundleError(f"{path}: {len(infos)} files that claim more bytes than the archive has; do not use it")
-        if len({name.casefold() for name in names}) != len(names):
-            raise BundleError(f"{path}: two files of one name; do not use it")
+        if reason := _unsafe_name(names):
+            raise BundleError(f"{path}: {reason}; do not use it")
         for info in infos:
             if reason := _unsafe(info):
                 raise BundleError(f"{path}: {info.filename!r}: {reason}; do not use it")
@@ -477,10 +496,7 @@ def _unpack(path: Path, folder: Path) -> None:
         raise BundleError(f"{path}: no {SUMS}: not a bundle of reproval")
     del hashes[SUMS]
     listed = (folder / SUMS).read_bytes()
-    claimed: dict[str, str] = {}
-    for line in listed.decode("utf-8").splitlines():
-        sha256, _, name = line.partition("  ")
-        claimed[name] = sha256
+    claimed = _listed(listed)
     for name in sorted(hashes.keys() | claimed.keys()):
         if name not in hashes:
             raise BundleError(f"{path}: {name}: named in {SUMS}, but not there; copy it again")
@@ -493,13 +509,26 @@ def _unpack(path: Path, folder: Path) -> None:
         raise BundleError(f"{path}: {SUMS}: changed after it was bundled; copy it again")
 
 
+def _unsafe_name(names: Iterable[str]) -> str | None:
+    """Why files of these names may not be in an archive, with the name; None if they may."""
+    seen: dict[str, str] = {}
+    for name in names:
+        parts = name.split("/")
+        if name.startswith("/") or "\\" in name or ":" in parts[0] or any(part in ("", ".", "..") for part in parts):
+            return f"{name!r}: a name that leads out of the folder"
+        # Surrogates stand for bytes that are no UTF-8, which ZIP cannot hold.
+        if len(name) > 400 or any(ord(character) < 32 or 0xD800 <= ord(character) < 0xE000 for character in name):
+            return f"{name!r}: a name that no bundle has"
+        if name.casefold() in seen:
+            return f"{seen[name.casefold()]!r} and {name!r}: two files of one name where case does not count"
+        seen[name.casefold()] = name
+    return None
+
+
 def _unsafe(info: zipfile.ZipInfo) -> str | None:
-    """Why a member may not be unpacked, or None."""
-    name, kind = info.filename, info.external_attr >> 28
-    parts = name.split("/")
-    if name.startswith("/") or "\\" in name or ":" in parts[0] or any(part in ("", ".", "..") for part in parts):
-        return "a name that leads out of the folder"
-    if len(name) > 400 or any(ord(character) < 32 for character in name) or info.orig_filename != name:
+    """Why a member may not be unpacked, whatever its name, or None."""
+    kind = info.external_attr >> 28
+    if info.orig_filename != info.filename:
         return "a name that no bundle has"
     if kind not in (0, 8) or info.is_dir():
         return "a link or something else that is not a file"
@@ -542,8 +571,7 @@ def unpacked(path: Path, store: Path) -> Path:
 
 def check_folder(folder: Path) -> None:
     """Raise BundleError if a file of an unpacked bundle is not the one that was unpacked."""
-    for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
-        sha256, _, name = line.partition("  ")
+    for name, sha256 in _listed((folder / SUMS).read_bytes()).items():
         try:
             same = sha256_file(folder / name) == sha256
         except OSError:
@@ -553,11 +581,24 @@ def check_folder(folder: Path) -> None:
 
 
 def asked_by(folder: Path, workdir: Path) -> dict[str, Any]:
-    """What a bundle asks to be run, as keys of a configuration; its task files are used where they were unpacked."""
-    asked: dict[str, Any] = yaml.safe_load((folder / CONFIGURATION).read_text(encoding="utf-8"))
-    for suite in asked["suites"].values():
-        if "include_path" in suite:
-            suite["include_path"] = os.path.relpath(folder / suite["include_path"], workdir)
+    """What a bundle asks to be run, as keys of a configuration; its task files are used where they were unpacked.
+
+    Any other key, such as a margin or where it runs, is not the bundle's to say. Raises BundleError for task files that
+    are not the bundle's own.
+    """
+    written: dict[str, Any] = yaml.safe_load((folder / CONFIGURATION).read_text(encoding="utf-8"))
+    asked = {key: value for key, value in written.items() if key in ASKED}
+    for name, suite in asked["suites"].items():
+        include = suite.get("include_path")
+        if include is None:
+            continue
+        parts = PurePosixPath(str(include)).parts
+        if parts[:1] != ("task-files",) or ".." in parts:
+            raise BundleError(
+                f"{folder / CONFIGURATION}: suites.{name}.include_path: found {include!r}, expected a folder below "
+                "task-files/ of the bundle; do not use it"
+            )
+        suite["include_path"] = os.path.relpath(folder / include, workdir)
     return asked
 
 

@@ -218,9 +218,9 @@ def configure(given: Mapping[str, Any], base: Path, workdir: Path) -> dict[str, 
         return dict(given)
     try:
         folder = bundle.unpacked(find(archive, "bundle", base, workdir), workdir / str(given.get("store", "resources")))
+        merged = overlay(bundle.asked_by(folder, workdir), given)
     except (bundle.BundleError, OSError) as error:
         raise ConfigError([Problem("--config", "bundle", str(error), "a whole bundle", "copy it again")]) from error
-    merged = overlay(bundle.asked_by(folder, workdir), given)
     missing = []
     for model, entry in merged["models"].items():
         path = entry.get("path")

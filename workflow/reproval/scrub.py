@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -90,9 +92,15 @@ def scrub(value: Any, project: Path, env: Mapping[str, str] = os.environ) -> tup
 
 
 def own(text: str, env: Mapping[str, str] = os.environ) -> str | None:
-    """What a text holds of this user's own, without showing it: for text that may hold anything that looks secret."""
+    """What a text holds of this user's own, without showing it: for text that may hold anything that looks secret.
+
+    Also as JSON and HTML write it, where a secret has quotes, backslashes, ampersands or letters beyond ASCII.
+    """
     for name, value in env.items():
-        if _SECRET_NAME.search(name) and len(value) >= 8 and value in text:
+        if not (_SECRET_NAME.search(name) and len(value) >= 8):
+            continue
+        written = {value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], html.escape(value)}
+        if any(form in text for form in written):
             return f"the value of the environment variable {name}"
     home = str(Path.home())
     return "the home folder" if len(home) > len("/root") and home + "/" in text else None
