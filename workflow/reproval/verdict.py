@@ -9,6 +9,7 @@ Pure functions of numbers. For every score two questions are asked, of which nei
 
 Both families of p-values are corrected over the table by Holm's method (1979), so that the chance of one false
 "reproduced" in a table, and that of one false "differs", are each at most alpha. `decide` makes verdicts of them.
+Equivalence of paired scores within [0, 1] keeps that level whatever changed; t and score tests are approximations.
 
 Where both sides have samples, questions are paired. Where a reference is only a value, its samples count as others
 than ours. They are usually the same questions, so scores agree more than independence would let them: the tests then
