@@ -90,3 +90,10 @@ onsuccess:
     asked = set(workflow.dag_settings.targets) or {"all"}
     if asked & {"all", "report"} and Path(rules.report.output.html).exists():
         print(f"\nReport: {Path(rules.report.output.html).resolve()}")
+
+
+onerror:
+    # What a doctor that was cut off has found would be taken for what there is when it is asked again.
+    if "doctor" in workflow.dag_settings.targets:
+        for path in Path("results/doctor").glob("*.json"):
+            path.unlink()

@@ -255,6 +255,14 @@ def staged(tmp_path: Path) -> Path:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"content of " + name.encode())
     large = tmp_path / "models/m/model.safetensors"
+def test_what_was_shown_before_is_counted_and_its_mend_told_again() -> None:
+    shown = examine(seen("head", partitions=None), asked())
+    text = doctor.table(examine(seen(), asked()), shown)
+    assert "clock" not in text
+    assert "problem: Slurm's GPUs (here): no sinfo on PATH" in text
+    assert "1 problem, 0 warnings" in text
+
+
     large.write_bytes(bytes(store.SMALL_BYTES))
     model = ModelManifest(
         model="m",

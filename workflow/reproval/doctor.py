@@ -11,16 +11,25 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from reproval import store
 from reproval.doctor_checks import Asked, Finding, examine
-from reproval.doctor_facts import Gathered
-from reproval.files import RecordError, read_record
+from reproval.doctor_facts import Gathered, gather
+from reproval.files import RecordError, read_record, write_record
+from reproval.records import Record
 from reproval.run_file import RunFile, every, model_key
 from reproval.text_table import text_table
 from reproval.words import count
 
 PLACES = {"head": "here", "node": "node", "engine": "engine"}
+
+
+class Findings(Record):
+    """What was found where Snakemake was started, and printed there."""
+
+    kind: Literal["doctor-findings"] = "doctor-findings"
+    findings: list[Finding]
 
 
 @dataclass(frozen=True)
@@ -54,9 +63,10 @@ def store_finding(staged: Staged, deep: bool) -> Finding:
     return Finding("head", "store complete", "ok", f"{staged.manifests:,} manifests, compared by {how}")
 
 
-def table(findings: Sequence[Finding]) -> str:
-    """One line a check; below, what to do about each that is not ok."""
+def table(findings: Sequence[Finding], shown: Sequence[Finding] = ()) -> str:
+    """One line a check; below, what to do about each that is not ok, also of those whose lines were `shown` before."""
     rows = [(PLACES[one.where], one.check, one.status, _short(one.found)) for one in findings]
+    findings = [*shown, *findings]
     text = [text_table(("where", "check", "", "found"), rows)]
     todo = [one for one in findings if one.status in ("problem", "warning")]
     for one in sorted(todo, key=lambda one: one.status != "problem"):
@@ -81,40 +91,70 @@ def read(path: Path) -> Gathered | str:
         return lines[-1] if lines else "it ended without a word"
 
 
-def main() -> None:
-    """Judge what was found, print it, and end with 1 if there is a problem."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--snapshot", type=Path, required=True)
-    parser.add_argument("--images", type=Path, nargs="*", default=[], help="Records of the images that jobs run in.")
-    parser.add_argument("--gpu-model")
-    parser.add_argument("--partition")
-    parser.add_argument("--deep", action="store_true", help="Read every byte of the store.")
-    parser.add_argument("facts", type=Path, nargs="+", help="What doctor_facts.py wrote, or why it could not.")
-    options = parser.parse_args()
-    runs = list(every(options.snapshot))
-    staged = look_at_store(runs, options.images, options.deep)
+def look_here(
+    runs: Sequence[RunFile],
+    results: Path,
+    images: Sequence[Path],
+    deep: bool,
+    gpu_model: str | None,
+    partition: str | None,
+) -> Findings:
+    """Everything that can be seen where Snakemake was started."""
+    staged = look_at_store(runs, images, deep)
     gated = [run for run in runs if run.run.model.gated]
     asked = Asked(
         hardware=runs[0].hardware,
-        container=bool(options.images),
+        container=bool(images),
         gated=[run.run.model_name for run in gated],
         unstaged=[run.run.model_name for run in gated if any(model_key(run.run) in path for path in staged.missing)],
-        gpu_model=options.gpu_model or None,
-        partition=options.partition or None,
+        gpu_model=gpu_model,
+        partition=partition,
     )
-    findings = [store_finding(staged, options.deep)]
-    for path in options.facts:
-        seen = read(path)
-        if isinstance(seen, Gathered):
-            findings += examine(seen, asked)
-        else:
-            mend = "start it by hand with the command in the log: nothing else can be checked where the engine runs"
-            findings.append(Finding("engine", "engine's Python starts", "problem", seen, mend))
-    print(table(findings))
+    seen = gather("head", results, Path(runs[0].store))
+    return Findings(findings=[store_finding(staged, deep), *examine(seen, asked)])
+
+
+def look_at(path: Path, asked: Asked) -> list[Finding]:
+    """What is to be said of the facts that a job left, or of its last words."""
+    seen = read(path)
+    if isinstance(seen, Gathered):
+        return examine(seen, asked)
+    mend = "start it by hand with the command in the log: nothing else can be checked where the engine runs"
+    return [Finding("engine", "engine's Python starts", "problem", seen, mend)]
+
+
+def main() -> None:
+    """Judge what was found and print it; `nodes`, which comes last, ends with 1 if there is a problem anywhere."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    here = commands.add_parser("here", help="Look around, print, and leave the findings.")
+    here.add_argument("--results", type=Path, required=True)
+    here.add_argument("--images", type=Path, nargs="*", default=[], help="Records of the images that jobs run in.")
+    here.add_argument("--gpu-model")
+    here.add_argument("--partition")
+    here.add_argument("--deep", action="store_true", help="Read every byte of the store.")
+    here.add_argument("--out", type=Path, required=True)
+    nodes = commands.add_parser("nodes", help="Print what a job found, and end.")
+    nodes.add_argument("--container", action="store_true", help="Jobs run in one.")
+    nodes.add_argument("--found", type=Path, required=True, help="What `here` left.")
+    nodes.add_argument("facts", type=Path, nargs="+", help="What doctor_facts.py wrote, or why it could not.")
+    for command in (here, nodes):
+        command.add_argument("--snapshot", type=Path, required=True)
+    options = parser.parse_args()
+    runs = list(every(options.snapshot))
+    if options.command == "here":
+        found = look_here(runs, options.results, options.images, options.deep, options.gpu_model, options.partition)
+        print(table(found.findings), flush=True)
+        write_record(options.out, found)
+        return
+    shown = read_record(options.found, Findings).findings
+    asked = Asked(hardware=runs[0].hardware, container=options.container)
+    findings = [one for path in options.facts for one in look_at(path, asked)]
+    print(table(findings, shown))
     # So that the next doctor looks again.
-    for path in options.facts:
+    for path in (options.found, *options.facts):
         path.unlink(missing_ok=True)
-    sys.exit(int(any(one.status == "problem" for one in findings)))
+    sys.exit(int(any(one.status == "problem" for one in [*shown, *findings])))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -349,7 +349,7 @@ def _run(*command: str) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--role", choices=get_args(Role), required=True)
+    parser.add_argument("--role", choices=("node", "engine"), required=True)
     for name in ("results", "store", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     options = parser.parse_args()

@@ -3,7 +3,6 @@
 import os
 import shlex
 import sys
-from contextlib import suppress
 
 from snakemake.deployment.singularity import Singularity
 from snakemake.exceptions import WorkflowError
@@ -19,6 +18,16 @@ from reproval import container as containers
 from reproval import folders, provenance, reference, run_file
 from reproval import resources as demand
 from reproval.files import sha256_json
+
+# What a site's profile sets for `evaluate` (partition, GPU, account) holds for the job that looks at its machines, whose
+# time and memory are its own. Snakemake reads this mapping once, at the first rule.
+SET_RESOURCES = dict(workflow.resource_settings.overwrite_resources)
+if "evaluate" in SET_RESOURCES:
+    SET_RESOURCES["doctor_node"] = type(SET_RESOURCES["evaluate"])(
+        {name: value for name, value in SET_RESOURCES["evaluate"].items() if name not in ("mem_mb", "runtime")}
+        | dict(SET_RESOURCES.get("doctor_node", {}).items())
+    )
+    workflow.resource_settings.overwrite_resources = SET_RESOURCES
 
 try:
     CONFIGFILES = workflow.config_settings.configfiles or workflow.configfiles
@@ -144,20 +153,6 @@ LISTS = {
         "manifests": MANIFESTS,
     }.items()
 }
-
-
-# A site's settings of `evaluate` (partition, GPU, account) hold for the job that looks at its machines. Those that are
-# expressions have no value outside of a job (Snakemake's own default of tmpdir is one).
-def of_site(resources):
-    found = {}
-    for name, value in (resources or {}).items():
-        with suppress(ValueError):
-            found[name] = getattr(value, "value", value)
-    return found
-
-
-SITE = of_site(workflow.resource_settings.overwrite_resources.get("evaluate"))
-DEFAULTS = of_site(workflow.resource_settings.default_resources)
 
 # --- the environment of every job -------------------------------------------------------------------------------------
 

@@ -1,18 +1,35 @@
 # The traps that cost GPU hours, looked for where Snakemake was started and where evaluations run.
 
 
+def asked_of_slurm(wildcards):
+    """GPU type and partition of the node's job, as the profile has them."""
+    set_here = SET_RESOURCES.get("doctor_node") or {}
+    by_default = workflow.resource_settings.default_resources or {}
+    words = []
+    for option, name in (("--gpu-model", "gpu_model"), ("--partition", "slurm_partition")):
+        found = set_here.get(name) or by_default.get(name)
+        # Text of a profile has no value outside of a job, and may be quoted twice.
+        if text := str(getattr(found, "raw", found) or "").strip("'\""):
+            words += [option, text]
+    return shlex.join(words)
+
+
 rule doctor_head:
+    # It prints what it finds at once: the job on a node may have to wait for long, or may be refused.
     output:
         "results/doctor/head.json",
     log:
         "logs/doctor/head.log",
+    priority: 1
     container:
         None
     params:
-        store=STORE,
+        images=lambda wildcards: shlex.join(["--images", *IMAGE_RECORD.values()] if IMAGE_RECORD else []),
+        deep="--deep" if CONFIG.doctor == "deep" else "",
+        slurm=asked_of_slurm,
     shell:
-        "controller -m reproval.doctor_facts --role head --results results --store {params.store:q} --out {output:q}"
-        " 2> {log:q}"
+        'controller -m reproval.doctor here --snapshot "$REPROVAL_SNAPSHOT" --results results {params.images}'
+        " {params.deep} {params.slurm} --out {output:q} 2> {log:q}"
 
 
 rule doctor_node:
@@ -26,12 +43,10 @@ rule doctor_node:
         None
     threads: CONFIG.hardware.cpus
     resources:
-        **{
-            "gpu": CONFIG.hardware.gpus,
-            "mem_mb": round(CONFIG.hardware.host_memory_gib * 1024),
-            **{name: value for name, value in SITE.items() if name not in ("mem_mb", "runtime")},
-            "runtime": 15,
-        },
+        nodes=1,
+        gpu=CONFIG.hardware.gpus,
+        mem_mb=round(CONFIG.hardware.host_memory_gib * 1024),
+        runtime=15,
     params:
         store=STORE,
     shell:
@@ -44,23 +59,16 @@ rule doctor_node:
 rule doctor:
     # No output: it prints its table, and fails if there is a problem. What it read it removes, to look again next time.
     input:
-        rules.doctor_head.output,
-        rules.doctor_node.output,
+        head=rules.doctor_head.output,
+        nodes=rules.doctor_node.output,
     log:
         "logs/doctor/table.log",
+    # A profile's would run it again after a problem, without what it read.
+    retries: 0
     container:
         None
     params:
-        asked=lambda wildcards: " ".join(
-            [
-                *(["--images", *map(shlex.quote, IMAGE_RECORD.values())] if IMAGE_RECORD else []),
-                *(["--deep"] if CONFIG.doctor == "deep" else []),
-                *(
-                    f"--{option} {shlex.quote(str(value))}"
-                    for option, name in (("gpu-model", "gpu_model"), ("partition", "slurm_partition"))
-                    if (value := SITE.get(name, DEFAULTS.get(name)))
-                ),
-            ]
-        ),
+        container="--container" if IMAGE_RECORD else "",
     shell:
-        'controller -m reproval.doctor --snapshot "$REPROVAL_SNAPSHOT" {params.asked} -- {input:q} 2> {log:q}'
+        'controller -m reproval.doctor nodes --snapshot "$REPROVAL_SNAPSHOT" {params.container}'
+        " --found {input.head:q} {input.nodes:q} 2> {log:q}"
