@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from test_memory import Nvml
 
 from reproval import doctor, doctor_facts, store
 from reproval.doctor_checks import CHECKS, Asked, examine
@@ -362,6 +365,33 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert doctor_facts.space(tmp_path / "file" / "below").trouble == "Not a directory"
     assert doctor_facts.space(tmp_path / "not" / "yet").trouble is None
+class TwoGpus(Nvml):
+    """All that is asked about a GPU, of the machine that test_memory.py has."""
+
+    NVML_COMPUTEMODE_DEFAULT = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return {
+            "nvmlDeviceGetName": lambda handle: f"GPU {handle}",
+            "nvmlDeviceGetCudaComputeCapability": lambda handle: (9, 0),
+            "nvmlDeviceGetMigMode": lambda handle: (0, 0),
+            "nvmlDeviceGetComputeMode": lambda handle: 0,
+            "nvmlSystemGetCudaDriverVersion": lambda: 13000,
+            "nvmlSystemGetDriverVersion": lambda: "580.1",
+        }[name]
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int, version: int | None = None) -> SimpleNamespace:
+        return SimpleNamespace(total=80 * GIB, used=0)
+
+
+def test_gpus_are_those_that_cuda_sees_by_whatever_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", TwoGpus())
+    found = gather("engine", tmp_path / "results", tmp_path / "store", {"CUDA_VISIBLE_DEVICES": "GPU-bb"})
+    assert [gpu.name for gpu in found.gpus] == ["GPU 1"]
+    assert (found.driver, found.driver_cuda, found.nvml) == ("580.1", "13.0", None)
+    assert len(found.holders) == 1
+
+
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -237,30 +237,14 @@ def _gpu(env: Mapping[str, str]) -> dict[str, Any]:
         "libcuda": cuda_trouble(),
     }
     try:
-        with _nvml() as nvml:
-            _, facts["driver"], facts["driver_cuda"] = provenance.gpus()
-            handles = [_handle(nvml, name) for name in memory.visible_devices(env, nvml.nvmlDeviceGetCount())]
-            facts["gpus"] = [_seen(nvml, handle) for handle in handles]
-        facts["holders"] = memory.gpu_holders(len(handles), env) if handles else []
+        _, facts["driver"], facts["driver_cuda"] = provenance.gpus()
+        with closing(memory.Gpus(None, env)) as gpus:
+            facts["gpus"] = [_seen(gpus.nvml, handle) for handle in gpus.handles]
+            facts["holders"] = gpus.holders()
     except Exception as error:
         # NVML's errors are of a class that is there only with its package.
         facts["nvml"] = str(error) or type(error).__name__
     return facts
-
-
-@contextmanager
-def _nvml() -> Iterator[Any]:
-    import pynvml
-
-    pynvml.nvmlInit()
-    try:
-        yield pynvml
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _handle(nvml: Any, name: str) -> Any:
-    return nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else nvml.nvmlDeviceGetHandleByUUID(name)
 
 
 def _seen(nvml: Any, handle: Any) -> GpuSeen:

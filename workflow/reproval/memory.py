@@ -70,16 +70,16 @@ class Gpus:
         try:
             import pynvml
 
-            self._nvml: Any = pynvml
+            self.nvml: Any = pynvml
             pynvml.nvmlInit()
         except Exception as error:
             raise RuntimeError(f"NVML cannot be used ({error}): GPU memory is not measured") from error
         try:
             visible = visible_devices(env, pynvml.nvmlDeviceGetCount())
             self._names = visible[:count]
-            self._handles = [self._handle(name) for name in self._names]
-            if count is not None and len(self._handles) < count:
-                raise RuntimeError(f"{count} GPUs are asked for and {len(self._handles)} are visible")
+            self.handles = [self._handle(name) for name in self._names]
+            if count is not None and len(self.handles) < count:
+                raise RuntimeError(f"{count} GPUs are asked for and {len(self.handles)} are visible")
         except pynvml.NVMLError as error:
             self.close()
             raise RuntimeError(f"CUDA_VISIBLE_DEVICES names a GPU that NVML does not know: {error}") from error
@@ -88,7 +88,7 @@ class Gpus:
             raise
 
     def _handle(self, name: str) -> Any:
-        nvml = self._nvml
+        nvml = self.nvml
         if name.isdigit():
             return nvml.nvmlDeviceGetHandleByIndex(int(name))
         if name.startswith("MIG-"):
@@ -101,19 +101,19 @@ class Gpus:
         return nvml.nvmlDeviceGetHandleByUUID(name)
 
     def __len__(self) -> int:
-        return len(self._handles)
+        return len(self.handles)
 
     def uuids(self) -> dict[str, str]:
         """UUID of each by its name in CUDA_VISIBLE_DEVICES."""
-        found = (self._nvml.nvmlDeviceGetUUID(handle) for handle in self._handles)
+        found = (self.nvml.nvmlDeviceGetUUID(handle) for handle in self.handles)
         return dict(zip(self._names, found, strict=True))
 
     def used_bytes(self) -> tuple[int, ...]:
         """Memory in use on each GPU by all processes, without what the driver reserves: what nvidia-smi shows."""
-        return tuple(self._used(handle) for handle in self._handles)
+        return tuple(self._used(handle) for handle in self.handles)
 
     def _used(self, handle: Any) -> int:
-        nvml = self._nvml
+        nvml = self.nvml
         try:
             return int(nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2).used)
         except nvml.NVMLError:  # Drivers before 510 know the first version only, which counts the reserve as used.
@@ -121,9 +121,9 @@ class Gpus:
 
     def holders(self) -> list[str]:
         """Who holds memory on these GPUs, in words. NVML shows nothing of other containers on some machines."""
-        nvml = self._nvml
+        nvml = self.nvml
         found = []
-        for index, handle in enumerate(self._handles):
+        for index, handle in enumerate(self.handles):
             try:
                 processes = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
             except nvml.NVMLError:
@@ -134,7 +134,7 @@ class Gpus:
         return found
 
     def close(self) -> None:
-        self._nvml.nvmlShutdown()
+        self.nvml.nvmlShutdown()
 
 
 def _command(pid: int) -> str:
