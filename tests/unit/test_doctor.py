@@ -213,6 +213,20 @@ def test_two_kinds_of_gpus_need_one_to_be_named() -> None:
     assert found.status == "ok"
 
 
+@pytest.mark.parametrize(
+    ("changes", "status", "said"),
+    [
+        ({"partition": "cpu,gpu"}, "ok", "h100"),
+        ({"partition": "gpu,gpu-long"}, "problem", "no partition gpu-long; there: cpu, gpu"),
+        ({"partition": None}, "ok", "h100"),
+        ({"gpu_model": "nvidia_a100-sxm4-80gb"}, "problem", "leave gpu_model out"),
+    ],
+)
+def test_what_slurm_is_asked_for_is_there(changes: dict[str, Any], status: str, said: str) -> None:
+    (found,) = [one for one in examine(seen("head"), asked(**changes)) if one.check == "Slurm's GPUs"]
+    assert (found.status, said in f"{found.found} {found.mend}") == (status, True)
+
+
 def test_what_cannot_be_checked_without_a_gpu_is_never_ok() -> None:
     hardware = Hardware(gpus=0, host_memory_bytes=GIB, cpus=1)
     findings = examine(seen(gpus=[], driver=None, libcuda="none", nvml="none"), asked(hardware=hardware))
@@ -241,6 +255,14 @@ def test_an_engine_that_does_not_start_is_told_by_its_last_words(tmp_path: Path)
     assert doctor.read(tmp_path / "node.json") == seen("node")
 
 
+def test_what_was_shown_before_is_counted_and_its_mend_told_again() -> None:
+    shown = examine(seen("head", partitions=None), asked())
+    text = doctor.table(examine(seen(), asked()), shown)
+    assert "clock" not in text
+    assert "problem: Slurm's GPUs (here): no sinfo on PATH" in text
+    assert "1 problem, 0 warnings" in text
+
+
 # --- the store -------------------------------------------------------------------------------------------------------
 
 
@@ -258,14 +280,6 @@ def staged(tmp_path: Path) -> Path:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"content of " + name.encode())
     large = tmp_path / "models/m/model.safetensors"
-def test_what_was_shown_before_is_counted_and_its_mend_told_again() -> None:
-    shown = examine(seen("head", partitions=None), asked())
-    text = doctor.table(examine(seen(), asked()), shown)
-    assert "clock" not in text
-    assert "problem: Slurm's GPUs (here): no sinfo on PATH" in text
-    assert "1 problem, 0 warnings" in text
-
-
     large.write_bytes(bytes(store.SMALL_BYTES))
     model = ModelManifest(
         model="m",
@@ -351,20 +365,6 @@ def test_facts_are_gathered_here_and_leave_nothing_behind(tmp_path: Path, role: 
     }
 
 
-def test_a_socket_is_tried_for_real(tmp_path: Path) -> None:
-    assert doctor_facts.ipc_trouble(Path("/tmp")) is None
-    long = tmp_path / ("x" * 100)
-    long.mkdir()
-    assert doctor_facts.ipc_trouble(long) is not None
-    # The limit that the check goes by is the system's.
-    with socket.socket(socket.AF_UNIX) as test, pytest.raises(OSError, match="too long"):
-        test.bind("/tmp/" + "x" * 103)
-
-
-def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    assert doctor_facts.space(tmp_path / "file" / "below").trouble == "Not a directory"
-    assert doctor_facts.space(tmp_path / "not" / "yet").trouble is None
 class TwoGpus(Nvml):
     """All that is asked about a GPU, of the machine that test_memory.py has."""
 
@@ -392,6 +392,20 @@ def test_gpus_are_those_that_cuda_sees_by_whatever_name(tmp_path: Path, monkeypa
     assert len(found.holders) == 1
 
 
+def test_a_socket_is_tried_for_real(tmp_path: Path) -> None:
+    assert doctor_facts.ipc_trouble(Path("/tmp")) is None
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    assert doctor_facts.ipc_trouble(long) is not None
+    # The limit that the check goes by is the system's.
+    with socket.socket(socket.AF_UNIX) as test, pytest.raises(OSError, match="too long"):
+        test.bind("/tmp/" + "x" * 103)
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert doctor_facts.space(tmp_path / "file" / "below").trouble == "Not a directory"
+    assert doctor_facts.space(tmp_path / "not" / "yet").trouble is None
 
 
 @pytest.mark.parametrize(

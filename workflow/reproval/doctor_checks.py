@@ -36,6 +36,8 @@ TOLERANCE = 0.02
 SKEW_S = 5.0
 """Snakemake compares times of files; latency-wait forgives seconds."""
 OPEN_FILES = 4096
+PLUGIN_GPU_MODEL = re.compile(r"[a-zA-Z0-9_.]+")
+"""What snakemake-executor-plugin-slurm takes for a gpu_model (2.8.0, set_gres_string)."""
 STORE_BYTES, RESULTS_BYTES = 10 * GIB, 5 * GIB
 
 
@@ -341,14 +343,23 @@ def slurm(seen: Gathered, asked: Asked) -> tuple[Status, str, str]:
         return "not checked", "no Slurm here", ""
     if not asked.hardware.gpus:
         return "not checked", "hardware.gpus is 0", ""
-    lines = [line for line in seen.partitions if asked.partition in (None, line.split()[0])]
-    if not lines:
-        names = ", ".join(sorted({line.split()[0] for line in seen.partitions})) or "none"
-        return "problem", f"no partition {asked.partition}; there: {names}", "set slurm_partition in the profile"
+    there_are = {line.split()[0] for line in seen.partitions}
+    wanted = set(asked.partition.split(",")) if asked.partition else there_are
+    if absent := wanted - there_are:
+        names = ", ".join(sorted(there_are)) or "none"
+        found = f"no partition {', '.join(sorted(absent))}; there: {names}"
+        return "problem", found, "set slurm_partition in the profile"
+    lines = [line for line in seen.partitions if line.split()[0] in wanted]
     types = sorted({kind for line in lines for kind in re.findall(r"gpu(?::([^:,()\s]+))?:\d+", line)})
     there = ", ".join(kind or "gpu without a type" for kind in types) or "no GPU"
     if not types:
         return "problem", there, "set slurm_partition in the profile to one with GPUs (sinfo -o '%R %G')"
+    if asked.gpu_model is not None and not PLUGIN_GPU_MODEL.fullmatch(asked.gpu_model):
+        return (
+            "problem",
+            f"gpu_model {asked.gpu_model}: Snakemake's Slurm plugin takes only letters, digits, _ and . in a name",
+            "leave gpu_model out, and set a slurm_partition or constraint with these GPUs alone (sinfo -o '%R %G %f')",
+        )
     if asked.gpu_model is not None and asked.gpu_model not in types:
         return "problem", f"gpu_model {asked.gpu_model}; there: {there}", "set gpu_model to a name that sinfo shows"
     if asked.gpu_model is None and len(types) > 1:
