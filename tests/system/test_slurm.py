@@ -137,7 +137,7 @@ class Project:
 
 def jobs(*, comment: str = "rule_evaluate", duplicates: bool = False) -> list[dict[str, str]]:
     """What Slurm's accounting knows of jobs that ended, oldest first; a job gets its comment at its end."""
-    names = ["JobID", "JobIDRaw", "State", "ReqTRES", "TimelimitRaw", "Comment", "WorkDir"]
+    names = ["JobID", "JobIDRaw", "State", "ReqTRES", "TimelimitRaw", "Comment", "WorkDir", "SubmitLine"]
     flags = ["-X", "-P", "-n", *(["-D"] if duplicates else [])]
     listed = subprocess.run(
         ["sacct", *flags, "-S", "now-1days", "-o", ",".join(names)], capture_output=True, text=True, check=True
@@ -241,6 +241,8 @@ def test_a_job_has_the_resources_of_its_plan_and_gives_the_scores_of_a_run_witho
     assert requested(job)["gres/gpu"] == "2"
     assert predicted / 2**20 < int(requested(job)["mem"].removesuffix("M")) <= 8192
     assert int(job["TimelimitRaw"]) >= 15
+    # Slurm may spread GPUs over nodes, where one engine cannot use them.
+    assert "--nodes=1" in job["SubmitLine"]
     seen = json.loads((project.folder / "seen.json").read_text())
     assert seen["CUDA_VISIBLE_DEVICES"] == "0,1"
     ((result,), (alone,)) = project.results(), direct.results()

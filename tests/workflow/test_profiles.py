@@ -33,6 +33,7 @@ rule evaluate:
     output: "done"
     threads: 2
     resources:
+        nodes=1,
         gpu=2,
         mem_mb=lambda wildcards, attempt: 5000 * attempt,
         runtime=lambda wildcards, attempt: 30 * attempt,
@@ -92,7 +93,9 @@ def test_a_profile_is_understood_by_snakemake_and_its_plugin(
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("rule evaluate:") == 1
     # Only counting the requests and evaluating are jobs for the cluster.
-    assert "gpu=<TBD>" in done.stdout
+    (asked,) = [line for line in done.stdout.splitlines() if "gpu=<TBD>" in line]
+    # Slurm's plugin makes --nodes=1 of it: GPUs of several nodes are of no use.
+    assert "nodes=1" in asked
 
 
 def run_through(tmp_path: Path, profile: str, commands: dict[str, str]) -> list[dict[str, Any]]:

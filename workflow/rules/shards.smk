@@ -46,6 +46,8 @@ rule evaluate_shard:
     threads: CONFIG.hardware.cpus
     resources:
         **SHARED_GPU,
+        # GPUs of several nodes are of no use to an engine on one.
+        nodes=1,
         gpu=planned_gpus,
         mem_mb=planned_mem_mb,
         runtime=planned_runtime,
