@@ -70,6 +70,18 @@ def failed(made: Plan, number: int, failure: Any = "running", outcome: Any = "fa
 LADDER = plan(rung(), rung(max_num_seqs=64), rung(2, max_num_seqs=64), rung(max_num_seqs=64, max_model_len=128))
 
 
+def test_a_job_has_its_share_of_the_cores_by_its_gpus() -> None:
+    node = plan(rung(2)).model_copy(
+        update={"hardware": Hardware(gpus=8, gpu_memory_bytes=80 * GIB, host_memory_bytes=64 * GIB, cpus=128)}
+    )
+    assert resources.cpus(node) == 32
+    assert resources.cpus(node.model_copy(update={"jobs_per_gpu": 4})) == 8
+    assert resources.cpus(node.model_copy(update={"ladder": []})) == 1
+    small = Hardware(gpus=8, gpu_memory_bytes=80 * GIB, host_memory_bytes=64 * GIB, cpus=4)
+    assert resources.cpus(plan(rung()).model_copy(update={"hardware": small})) == 1
+    assert resources.cpus(plan(rung(), gpus=0)) == 4
+
+
 def test_a_job_asks_for_the_tensor_parallel_size_of_its_plan_and_none_on_a_cpu() -> None:
     assert resources.gpus(plan(rung(2))) == 2
     assert resources.gpus(plan(rung(), gpus=0)) == 0

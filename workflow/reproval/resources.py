@@ -91,6 +91,14 @@ def gpus(plan: Plan, history: Sequence[Attempt] = ()) -> int:
     return plan.ladder[first_rung(plan, history)].settings.tensor_parallel_size
 
 
+def cpus(plan: Plan, history: Sequence[Attempt] = ()) -> int:
+    """Cores of the next job: the share that its GPUs are of all, so that jobs run side by side; without GPUs all."""
+    hardware = plan.hardware
+    if hardware.gpus == 0:
+        return hardware.cpus
+    return max(1, hardware.cpus * gpus(plan, history) // (hardware.gpus * plan.jobs_per_gpu))
+
+
 def mem_mib(plan: Plan, attempt: int = 1) -> int:
     """Host memory in MiB, as Slurm reads `mem_mb`: the most that any rung is predicted to need, with a margin.
 

@@ -156,7 +156,12 @@ class HardwareConfig(Section):
         default=None, pattern=r"^\d+\.\d+$", description="Such as 9.0 (Hopper); decides whether fp8 is possible."
     )
     host_memory_gib: float = Field(default=16, gt=0, le=65536, description="Host memory for one job in GiB.")
-    cpus: int = Field(default=2, ge=1, le=1024, description="CPU cores for one job.")
+    cpus: int = Field(
+        default=2,
+        ge=1,
+        le=1024,
+        description="CPU cores of a job without GPUs or with all; of others in proportion to their GPUs.",
+    )
     jobs_per_gpu: int = Field(
         default=1,
         ge=1,

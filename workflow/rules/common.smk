@@ -117,10 +117,21 @@ def manifests(wildcards):
 
 
 # As functions of the plan: until that is there, Snakemake shows <TBD>, and it asks again just before the job runs.
-def planned_gpus(wildcards, input):
+def history_of(wildcards):
     shard = [f"{wildcards.shard}-of-{wildcards.shards}"] if "shard" in wildcards.keys() else []
-    history = demand.read_history(Path("results/work", wildcards.run, *shard))
-    return demand.gpus(demand.read_plan(input.plan), history)
+    return demand.read_history(Path("results/work", wildcards.run, *shard))
+
+
+def planned_gpus(wildcards, input):
+    return demand.gpus(demand.read_plan(input.plan), history_of(wildcards))
+
+
+def planned_cpus(wildcards, input):
+    try:
+        return demand.cpus(demand.read_plan(input.plan), history_of(wildcards))
+    except FileNotFoundError:
+        # Threads cannot be shown as <TBD>. They are asked for again before the job runs.
+        return CONFIG.hardware.cpus
 
 
 def planned_gpu_shares(wildcards, input):

@@ -13,7 +13,7 @@ rule evaluate:
         memory="results/runs/{run}/memory.parquet",
     log:
         "logs/evaluate/{run}.log",
-    threads: CONFIG.hardware.cpus
+    threads: planned_cpus
     resources:
         **SHARED_GPU,
         # GPUs of several nodes are of no use to an engine on one.

@@ -43,7 +43,7 @@ rule evaluate_shard:
     wildcard_constraints:
         shard=r"\d+",
         shards=r"\d+",
-    threads: CONFIG.hardware.cpus
+    threads: planned_cpus
     resources:
         **SHARED_GPU,
         # GPUs of several nodes are of no use to an engine on one.
