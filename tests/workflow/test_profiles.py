@@ -42,20 +42,20 @@ rule evaluate:
 
 # Stand-ins for a scheduler's commands: each notes what it was called with, and jobs run at once.
 QSUB = """
-import json, subprocess, sys
+import json, os, subprocess, sys
 from pathlib import Path
 calls = Path("calls.json")
 known = json.loads(calls.read_text()) if calls.exists() else []
 code = subprocess.run(["bash", sys.argv[-1]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
-calls.write_text(json.dumps([*known, {"words": sys.argv[1:], "code": code}]))
+calls.write_text(json.dumps([*known, {"words": sys.argv[1:], "code": code, "env": dict(os.environ)}]))
 print(f"{len(known)}.server")
 """
 QSTAT = """
 import json, sys
 from pathlib import Path
-assert sys.argv[1:-1] == ["-x", "-f", "-F", "json"], sys.argv
+assert sys.argv[1:-1] == ["-x", "-f"], sys.argv
 code = json.loads(Path("calls.json").read_text())[int(sys.argv[-1].partition(".")[0])]["code"]
-print(json.dumps({"Jobs": {sys.argv[-1]: {"job_state": "F", "Exit_status": code}}}))
+print(f"Job Id: {sys.argv[-1]}\\n    Job_Name = reproval\\n    job_state = F\\n    Exit_status = {code}")
 """
 KUBECTL = """
 import json, subprocess, sys
@@ -129,7 +129,11 @@ def run_through(tmp_path: Path, profile: str, commands: dict[str, str]) -> list[
     return list(json.loads((tmp_path / "calls.json").read_text()))
 
 
-def test_a_job_for_pbs_asks_for_its_resources_and_for_more_at_the_next_attempt(tmp_path: Path) -> None:
+def test_a_job_for_pbs_asks_for_its_resources_and_for_more_at_the_next_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "BASH_FUNC_module%%", "OF_THE_CALLER"):
+        monkeypatch.setenv(name, "() { something; }")
     calls = run_through(tmp_path, "pbs", {"qsub": QSUB, "qstat": QSTAT})
     assert [call["code"] == 0 for call in calls] == [False, True]
     for attempt, call in enumerate(calls, start=1):
@@ -137,6 +141,33 @@ def test_a_job_for_pbs_asks_for_its_resources_and_for_more_at_the_next_attempt(t
         chunk = f"select=1:ncpus=2:mem={5000 * attempt}mb:ngpus=2"
         for wanted in ("-q gpu", "-A mine", f"-l {chunk}", f"-l walltime={1800 * attempt}"):
             assert wanted in said
+        # The server would keep them.
+        assert not {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "BASH_FUNC_module%%"} & set(call["env"])
+        assert "OF_THE_CALLER" in call["env"]
+
+
+@pytest.mark.parametrize(
+    ("said", "word"),
+    [
+        ("    job_state = F\n    Exit_status = 0\n", "success"),
+        ("    job_state = F\n    Exit_status = -29\n", "failed"),
+        ("    job_state = F\n    comment = deleted before it began\n", "failed"),
+        ("    job_state = R\n    Variable_List = X=005,F=() {\n\tjob_state = F\n\tExit_status = 0}\n", "running"),
+        ("    Job_Name = \xff\n", "running"),
+        ("", "running"),
+    ],
+)
+def test_what_pbs_says_of_a_job_becomes_one_word(said: str, word: str, tmp_path: Path) -> None:
+    (tmp_path / "said").write_bytes(said.encode("latin-1"))
+    (tmp_path / "qstat").write_text(f"#!/bin/sh\ncat {tmp_path}/said\n")
+    (tmp_path / "qstat").chmod(0o755)
+    asked = subprocess.run(
+        [str(BASE / "profiles/pbs/status"), "7.server"],
+        env=environment() | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert (asked.stdout, asked.returncode) == (f"{word}\n", 0), asked.stderr
 
 
 def test_a_pod_asks_for_its_resources_and_for_more_at_the_next_attempt(tmp_path: Path) -> None:
