@@ -71,6 +71,11 @@ def test_the_engine_is_told_what_the_plan_chose_and_nothing_that_it_left_open(na
     assert "distributed_executor_backend" not in arguments
 
 
+def test_numbers_of_gpus_mean_the_same_to_cuda_and_nvml() -> None:
+    caller = {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
+    assert evaluate.child_environment(caller, run_file())["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+
+
 def test_a_ray_cluster_that_is_named_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     settings = engine_settings(tensor_parallel_size=16)

@@ -100,6 +100,8 @@ def environment(run: RunFile) -> dict[str, str]:
         "TRANSFORMERS_OFFLINE": "1",
         # With one thread, tokenizing takes longer than scoring. Nothing is forked after it.
         "TOKENIZERS_PARALLELISM": "true",
+        # NVML's order, by which GPUs are claimed and measured. CUDA's own is by speed.
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
     }
     if run.batch_invariant:
         chosen["VLLM_BATCH_INVARIANT"] = "1"
