@@ -71,6 +71,13 @@ def test_the_engine_is_told_what_the_plan_chose_and_nothing_that_it_left_open(na
     assert "distributed_executor_backend" not in arguments
 
 
+def test_of_gpus_on_several_nodes_a_job_claims_those_of_its_own() -> None:
+    assert evaluate.gpus_here(16, 8, {"RAY_ADDRESS": "10.0.0.1:6379"}) == 8
+    assert evaluate.gpus_here(4, 8, {"RAY_ADDRESS": "10.0.0.1:6379"}) == 4
+    # Elsewhere it is an error that claiming them names.
+    assert evaluate.gpus_here(16, 8, {}) == 16
+
+
 def test_numbers_of_gpus_mean_the_same_to_cuda_and_nvml() -> None:
     caller = {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
     assert evaluate.child_environment(caller, run_file())["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"

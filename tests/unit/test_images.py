@@ -133,6 +133,8 @@ def test_jobs_with_gpus_get_the_drivers_files_and_no_job_more_folders_than_it_ne
     for words in (with_gpus, without):
         assert {"--contain", "--cleanenv", "--net"} <= set(words)
         assert words[words.index("--network") + 1] == "none"
+        # Else a model on several nodes would be looked for on one.
+        assert '"RAY_ADDRESS=$RAY_ADDRESS"}' in words
 
 
 def test_a_folder_behind_several_links_is_bound_at_each_of_them(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ from reproval.files import RecordError, read_record, sha256_file, write_record
 from reproval.records import ImageManifest
 from reproval.settings import ContainerConfig
 
-# Which GPUs and how many threads a job has been given, by the scheduler and by Snakemake, and the number of the job.
+# Which GPUs and how many threads a job has been given, by the scheduler and by Snakemake, and the number of the job;
+# and the Ray cluster of a model on several nodes.
 PASSED_ON = (
     "CUDA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS",
@@ -33,6 +34,7 @@ PASSED_ON = (
     "OPENBLAS_NUM_THREADS",
     "NUMEXPR_NUM_THREADS",
     "SLURM_JOB_ID",
+    "RAY_ADDRESS",
 )
 
 

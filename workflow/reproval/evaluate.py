@@ -53,6 +53,11 @@ def child_environment(parent: Mapping[str, str], run: RunFile) -> dict[str, str]
     return {name: value for name, value in parent.items() if not SECRET.search(name)} | environment(run)
 
 
+def gpus_here(gpus: int, visible: int, env: Mapping[str, str]) -> int:
+    """Of a job's GPUs those on this node, which alone can be claimed and measured: on a Ray cluster not all."""
+    return min(gpus, visible) if env.get("RAY_ADDRESS") else gpus
+
+
 def score_levers(plan: Plan, rung: int) -> list[PulledLever]:
     """Score-changing levers in force on a rung: those of the plan, and of every rung up to this one."""
     pulled = plan.levers + [lever for step in plan.ladder[1 : rung + 1] for lever in step.levers]
@@ -150,6 +155,9 @@ def _climb(job: Job, told: ProgressFile) -> Ended:
     traces: list[memory.Trace] = []
     seen: list[Attempt] = []
     variables = dict(os.environ)
+    # Without NVML nothing tells one GPU from another, and CUDA's own choice stays.
+    uuids = memory.gpu_uuids(os.environ) if gpus else {}
+    here = gpus_here(gpus, len(uuids), os.environ)
     folder = job.manifest.folder
 
     def note(*attempts: Attempt) -> None:
@@ -178,7 +186,7 @@ def _climb(job: Job, told: ProgressFile) -> Ended:
             child_environment(variables, run),
             job.log,
             progress.event,
-            gpus=gpus,
+            gpus=here,
         )
         traces.append(outcome.trace)
         seen.append(numbered(supervise.attempt(rung, settings, outcome), job))
@@ -187,16 +195,15 @@ def _climb(job: Job, told: ProgressFile) -> Ended:
 
     with ExitStack() as stack:
         folder = stack.enter_context(copied(job.manifest, run.local_copy))
-        # Without NVML nothing tells one GPU from another, and CUDA's own choice stays.
-        if gpus and (uuids := memory.gpu_uuids(os.environ)):
-            claim = claimed(job.results / "work/gpus", uuids, gpus, plan.jobs_per_gpu)
+        if uuids:
+            claim = claimed(job.results / "work/gpus", uuids, here, plan.jobs_per_gpu)
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(stack.enter_context(claim))
         attempts, finished = supervise.climb(
             plan.ladder[:end],
             start_child,
             first=first,
             on_cpu=run.hardware.gpus == 0,
-            holders=lambda: memory.gpu_holders(gpus, variables),
+            holders=lambda: memory.gpu_holders(here, variables),
         )
     attempts = [numbered(attempt, job) for attempt in attempts]
     note(*attempts)
