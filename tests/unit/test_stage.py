@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -209,3 +210,26 @@ def test_a_local_folder_stays_where_it_is_and_is_measured(tmp_path: Path) -> Non
     (folder / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0[]")
     assert stage.stage_model("m", ModelConfig(path=str(folder)), tmp_path / "store").digest != before
     assert not (tmp_path / "store").exists()
+
+
+def test_on_a_file_system_without_locks_it_is_downloaded_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = b"weights"
+    wanted = download.Wanted("model.safetensors", len(data), hashlib.sha256(data).hexdigest())
+    part = tmp_path / download.PARTS / f"{wanted.sha256}.part"
+    part.parent.mkdir()
+    part.write_bytes(data)
+
+    def refuse(number: int) -> None:
+        def flock(*_: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("fcntl.flock", flock)
+
+    refuse(errno.EWOULDBLOCK)
+    with pytest.raises(download.DownloadError, match="another process"):
+        download.fetch("org/m", COMMIT, [wanted], tmp_path)
+    refuse(errno.ENOSYS)
+    download.fetch("org/m", COMMIT, [wanted], tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,9 @@ from pydantic import ValidationError
 from reproval.records import Record
 
 R = TypeVar("R", bound=Record)
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+"""What a file system without locks says to one that asks for a lock."""
 
 
 class RecordError(Exception):

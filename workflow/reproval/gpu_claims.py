@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from reproval.files import NO_LOCKS
+
 UNITS = 2520
 """Bytes of a file that are locked in all: the least number that 1 to 10 jobs divide evenly."""
 WAIT_S = 5.0
 _HELD = (errno.EAGAIN, errno.EACCES)
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def claimed(
             try:
                 names = _take(stack, folder, uuids, count, jobs_per_gpu)
             except OSError as error:
-                if error.errno not in _NO_LOCKS:
+                if error.errno not in NO_LOCKS:
                     raise
                 say(f"{folder} is on a file system without locks: GPUs are not kept from other jobs")
                 names = list(uuids)[:count]
