@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -186,3 +187,22 @@ def test_the_file_system_is_that_of_the_longest_mount_point(tmp_path: Path) -> N
     }.items():
         assert loading.file_system(Path(path), mounts) == kind
     assert loading.file_system(Path("/"), tmp_path / "none") is None
+
+
+def test_an_error_of_the_evaluation_is_no_error_of_the_copy(manifest: ModelManifest, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="results"), copied(manifest, str(tmp_path / "scratch")):
+        raise FileNotFoundError("results/child.json")
+    assert left(tmp_path / "scratch") == []
+
+
+def test_a_disk_without_locks_is_named(
+    manifest: ModelManifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    refused = pytest.raises(LocalCopyError, match=r"scratch.*without locks; choose")
+    with refused, copied(manifest, str(tmp_path / "scratch")):
+        pass
+
+
+def no_locks(*_: object) -> None:
+    raise OSError(errno.ENOSYS, "Function not implemented")

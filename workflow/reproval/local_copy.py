@@ -15,11 +15,12 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from reproval.files import NO_LOCKS
 from reproval.records import ModelManifest
 
 RESERVE_BYTES = 2**30
@@ -48,16 +49,21 @@ def copied(manifest: ModelManifest, asked: str | None) -> Iterator[str]:
         yield manifest.folder
         return
     folder = root(asked)
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if folder.stat().st_uid != os.getuid():
-            raise LocalCopyError(f"local_copy: {folder} belongs to somebody else; choose another folder")
-        _sweep(folder, but=manifest.digest[:16])
-        place = folder / manifest.digest[:16]
-        with _shared(place, manifest):
-            yield str(place)
-    except OSError as error:
-        raise LocalCopyError(f"local_copy: {error.filename or folder}: {error.strerror or error}") from error
+    place = folder / manifest.digest[:16]
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if folder.stat().st_uid != os.getuid():
+                raise LocalCopyError(f"local_copy: {folder} belongs to somebody else; choose another folder")
+            _sweep(folder, but=place.name)
+            held.enter_context(_shared(place, manifest))
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                raise LocalCopyError(
+                    f"local_copy: {folder} is on a file system without locks; choose a folder on the node's own disk"
+                ) from error
+            raise LocalCopyError(f"local_copy: {error.filename or folder}: {error.strerror or error}") from error
+        yield str(place)
 
 
 @contextmanager
