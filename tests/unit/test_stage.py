@@ -233,3 +233,17 @@ def test_on_a_file_system_without_locks_it_is_downloaded_all_the_same(
     refuse(errno.ENOSYS)
     download.fetch("org/m", COMMIT, [wanted], tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == data
+
+
+def test_a_gated_model_that_is_whole_stays_staged_without_a_token(tmp_path: Path, hub: str) -> None:
+    gated = {"hub": "org/m", "revision": COMMIT, "gated": True}
+    refused = run(tmp_path, hub, gated)
+    assert refused.returncode != 0
+    assert "into HF_TOKEN" in refused.stderr
+    # The older name of the variable is read as well.
+    done = run(tmp_path, hub, gated, HUGGING_FACE_HUB_TOKEN="hf_any")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "manifest.json").unlink()
+    again = run(tmp_path, hub, gated)
+    assert again.returncode == 0, again.stderr
+    assert read_record(tmp_path / "manifest.json", ModelManifest).revision == COMMIT

@@ -32,11 +32,11 @@ from pydantic import Field
 from reproval import memory, provenance
 from reproval.files import file_time, write_record
 from reproval.records import Part, Record
+from reproval.stage import TOKENS
 
 Role = Literal["head", "node", "engine"]
 
 CACHES = ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME", "HF_HOME")
-TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _COMPAT = ("/usr/local/cuda/compat/libcuda.so.1", "/usr/local/cuda/compat/lib.real/libcuda.so.1")
 
 

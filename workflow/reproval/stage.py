@@ -25,6 +25,8 @@ from reproval.store import message, troubles
 # What an engine and a tokenizer read. Other formats of the same weights (.bin, .pth, .gguf, .onnx) stay on the Hub.
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 PYTHON_FILES = ["*.py"]
+# Variables that huggingface_hub reads a token from.
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 # A hidden copy of the manifest beside the files that it describes.
 KEPT = ".manifest.json"
 
@@ -103,7 +105,7 @@ def kept_model(name: str, model: ModelConfig, store: Path, unreachable: Unreacha
         raise unreachable
     if wrong := troubles(Path(manifest.folder), manifest.files, deep=True):
         raise StageError(f"{unreachable}; and {message(wrong)}") from unreachable
-    print(f"models.{name}: the Hub cannot be reached; {manifest.folder} is whole, as it was staged before")
+    print(f"models.{name}: not fetched again; {manifest.folder} is whole, as it was staged before")
     return manifest
 
 
@@ -118,9 +120,9 @@ def fetch_model(
     from huggingface_hub import HfApi, snapshot_download
 
     assert model.hub is not None
-    # HfApi reads HF_TOKEN itself; the token never enters an argument or a record.
-    if model.gated and not os.environ.get("HF_TOKEN"):
-        raise StageError(f"models.{name}: {model.hub} is gated; put a token that may read it into HF_TOKEN")
+    # HfApi reads the token itself; it never enters an argument or a record.
+    if model.gated and not any(os.environ.get(variable) for variable in TOKENS):
+        raise Unreachable(f"models.{name}: {model.hub} is gated; put a token that may read it into HF_TOKEN")
     try:
         info = HfApi().model_info(model.hub, revision=model.revision, files_metadata=True)
         assert info.sha is not None
