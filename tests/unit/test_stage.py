@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -247,3 +248,20 @@ def test_a_gated_model_that_is_whole_stays_staged_without_a_token(tmp_path: Path
     again = run(tmp_path, hub, gated)
     assert again.returncode == 0, again.stderr
     assert read_record(tmp_path / "manifest.json", ModelManifest).revision == COMMIT
+
+
+def test_what_is_too_large_for_http_is_left_to_the_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"a.safetensors": 20 * MIB, "b.safetensors": 50 * 10**9, "c.safetensors": 50 * 10**9 + 1}
+    siblings = [
+        SimpleNamespace(rfilename=name, lfs=SimpleNamespace(size=size, sha256="0" * 64), blob_id="")
+        for name, size in sizes.items()
+    ]
+    info = SimpleNamespace(sha=COMMIT, siblings=siblings)
+    ours, left_out = [], []
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: SimpleNamespace(model_info=lambda *_, **__: info))
+    monkeypatch.setattr(download, "fetch", lambda _, __, wanted, ___: ours.extend(file.path for file in wanted))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *_, ignore_patterns, **__: left_out.extend(ignore_patterns)
+    )
+    stage.fetch_model("m", ModelConfig(hub="org/m", revision=COMMIT), tmp_path, ["*.safetensors"])
+    assert ours == left_out == ["a.safetensors", "b.safetensors"]

@@ -118,6 +118,7 @@ def fetch_model(
     """
     from httpx2 import HTTPError  # what huggingface_hub lets through when no connection can be made
     from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.constants import MAX_HTTP_DOWNLOAD_SIZE
 
     assert model.hub is not None
     # HfApi reads the token itself; it never enters an argument or a record.
@@ -130,7 +131,8 @@ def fetch_model(
         large = [
             download.Wanted(entry.rfilename, entry.lfs.size, entry.lfs.sha256)
             for entry in info.siblings or []
-            if entry.lfs is not None and entry.lfs.size >= download.LARGE_BYTES
+            # What is larger than the client takes by HTTP, it fetches by its own protocol, hf_xet.
+            if entry.lfs is not None and download.LARGE_BYTES <= entry.lfs.size <= MAX_HTTP_DOWNLOAD_SIZE
             if any(Path(entry.rfilename).match(pattern) for pattern in patterns)
         ]
         download.fetch(model.hub, info.sha, large, folder)
