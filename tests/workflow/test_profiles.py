@@ -152,7 +152,9 @@ def test_a_job_for_pbs_asks_for_its_resources_and_for_more_at_the_next_attempt(
         ("    job_state = F\n    Exit_status = 0\n", "success"),
         ("    job_state = F\n    Exit_status = -29\n", "failed"),
         ("    job_state = F\n    comment = deleted before it began\n", "failed"),
-        ("    job_state = R\n    Variable_List = X=005,F=() {\n\tjob_state = F\n\tExit_status = 0}\n", "running"),
+        ("    job_state = R\n    Variable_List = X=005,F=() {\n\tjob_state = F}\n", "running"),
+        # A variable of the job may hold anything.
+        ("    job_state = F\n    Variable_List = F=() {\n\tExit_status = 0}\n", "failed"),
         ("    Job_Name = \xff\n", "running"),
         ("", "running"),
     ],
