@@ -41,13 +41,12 @@ def main() -> None:
     pynvml.nvmlInit()
     with tempfile.TemporaryDirectory(prefix="side-by-side-") as temporary:
         folder = Path(temporary)
-        at_once = options.gpus * options.jobs_per_gpu
         hardware = {
             "gpus": options.gpus,
             "gpu_memory_gib": options.gpu_memory_gib,
             "compute_capability": "9.0",
             "host_memory_gib": 64,
-            "cpus": max(options.cpus // at_once, 1),
+            "cpus": options.cpus,
             "jobs_per_gpu": options.jobs_per_gpu,
         }
         models = {f"model{n}": {"path": str(options.model.resolve())} for n in range(options.models)}
