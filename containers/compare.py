@@ -21,10 +21,12 @@ class Archive:
         index = self._json("index.json")
         self.digest = str(index["manifests"][0]["digest"])
         self.manifest = self._json(self._blob(self.digest))
-        self.config = self._json(self._blob(self.manifest["config"]["digest"]))
-        steps = [entry.get("created_by", "") for entry in self.config["history"] if not entry.get("empty_layer")]
+        config = self._json(self._blob(self.manifest["config"]["digest"]))
+        history, files = config.pop("history"), config.pop("rootfs")
+        self.settings = dict(_flat(config))
+        steps = [entry.get("created_by", "") for entry in history if not entry.get("empty_layer")]
         digests = [layer["digest"] for layer in self.manifest["layers"]]
-        self.layers = list(zip(steps, digests, self.config["rootfs"]["diff_ids"], strict=True))
+        self.layers = list(zip(steps, digests, files["diff_ids"], strict=True))
 
     def _blob(self, digest: str) -> str:
         return f"blobs/{digest.replace(':', '/')}"
@@ -54,25 +56,37 @@ def differences(old: Path, new: Path) -> Iterator[str]:
 def _differences(a: Archive, b: Archive) -> Iterator[str]:
     if a.digest == b.digest:
         return
-    for key in sorted(a.config.keys() | b.config.keys()):
-        if key not in ("rootfs", "history") and a.config.get(key) != b.config.get(key):
-            yield f"configuration: {key}: {a.config.get(key)} and {b.config.get(key)}"
+    for name in sorted(a.settings.keys() | b.settings.keys()):
+        x, y = a.settings.get(name), b.settings.get(name)
+        if x != y:
+            yield f"configuration: {name}: {x} and {y}"
     if len(a.layers) != len(b.layers):
         yield f"{len(a.layers)} layers and {len(b.layers)}"
         return
-    for number, ((step, x, unpacked_x), (_, y, unpacked_y)) in enumerate(zip(a.layers, b.layers, strict=True), 1):
+    for number, ((step, first, unpacked_x), (_, second, unpacked_y)) in enumerate(
+        zip(a.layers, b.layers, strict=True), 1
+    ):
         name = f"layer {number} ({' '.join(step.split())[:60]})"
-        if x == y:
+        if first == second:
             continue
         if unpacked_x == unpacked_y:
             yield f"{name}: the same, compressed in another way"
             continue
-        left, right = a.members(x), b.members(y)
+        left, right = a.members(first), b.members(second)
         some = list(differing(left, right))
         yield f"{name}: {len(some)} of {len(left.keys() | right.keys())} files differ"
         yield from (f"  {line}" for line in some)
         if not some:
             yield "  the same files in another order" if list(left) != list(right) else "  only the tar's own headers"
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The entries of nested dictionaries, each by the names that lead to it."""
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, inner in value.items():
+        yield from _flat(inner, f"{name} {key}".strip())
 
 
 def differing(left: dict[str, dict[str, object]], right: dict[str, dict[str, object]]) -> Iterator[str]:
