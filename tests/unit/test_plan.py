@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 
 from reproval import plan as command
 from reproval.files import write_record
-from reproval.memory_model import GIB, cache_bytes_per_token, predict, prompt_logprobs_bytes, summarize
+from reproval.memory_model import (
+    GIB,
+    cache_bytes_per_token,
+    predict,
+    prompt_logprobs_bytes,
+    request_cache_bytes,
+    state_pool,
+    summarize,
+)
 from reproval.plan import make_plan, table
 from reproval.plan_ladder import divides
 from reproval.plan_start import requests_over
@@ -312,6 +320,43 @@ def test_cache_bytes_of_a_token() -> None:
     assert cache_bytes_per_token(facts("Meta-Llama-3-8B"), "bfloat16", tp=16) == 131_072 // 8
     assert cache_bytes_per_token(facts("DeepSeek-V3"), "bfloat16", tp=8) == 61 * 576 * 2
     assert cache_bytes_per_token(facts("Meta-Llama-3-8B"), "bfloat16", "fp8") == 131_072 // 2
+
+
+@pytest.mark.parametrize(
+    ("name", "mib", "tokens", "states", "attention"),
+    [
+        # 36 states of 1,097,728 bytes and 12 attention layers of 2,048 bytes a token: groups of 12.
+        ("Qwen3-Next-80B-A3B-Instruct", 12.75, 544, 6, 1),
+        # 54 states, float32, and 10 attention layers of 4,096 bytes a token: groups of 10.
+        ("Nemotron-H-56B-Base-8K", 161.25, 4128, 12, 1),
+        ("granite-4.0-h-tiny", 3.125, 400, 18, 1),
+        # No attention: no prefix cache, so one state; a block is a page of each of the 64 layers.
+        ("mamba-2.8b-hf", 23.75, 16, 1, 0),
+    ],
+)
+def test_states_and_attention_share_blocks_of_one_size(
+    name: str, mib: float, tokens: int, states: int, attention: int
+) -> None:
+    """The sizes are those of vLLM's own get_kv_cache_groups for these shapes."""
+    chosen = stock(8192)
+    pool = state_pool(facts(name), chosen)
+    assert pool is not None
+    assert (pool.block_bytes / 2**20, pool.block_tokens, pool.state_blocks) == (mib, tokens, states)
+    held = request_cache_bytes(facts(name), chosen, 3 * tokens + 1)
+    assert held == pool.block_bytes * (states + 4 * attention)
+
+
+@pytest.mark.parametrize("gib", SIZES)
+def test_models_with_states_get_a_cache_that_vllm_starts_with(gib: int) -> None:
+    """vLLM refuses fewer blocks than a full request and one more, and with graphs fewer than max_num_seqs."""
+    long = task("generate_until", requests=20_000, context=500, continuation=0, generated=256, longest=800)
+    for name, work in itertools.product(NAMES, (CHOICES, ANSWERS, long)):
+        for rung in planned(name, gpu(gib, 2), [work]).ladder:
+            chosen = rung.settings
+            if pool := state_pool(facts(name), chosen):
+                blocks = rung.predicted.kv_cache_bytes // pool.block_bytes
+                assert blocks > pool.request_blocks(chosen, chosen.max_model_len)
+                assert chosen.enforce_eager or blocks >= chosen.max_num_seqs
 
 
 # --- choices -------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ BLOCK_TOKENS = 16
 """Tokens of one KV block on a GPU; a request holds whole blocks."""
 CPU_BLOCK_TOKENS = 128
 """The CPU platform's default (platforms/cpu.py)."""
+_MLA_BLOCK_TOKENS = 128
 LOGIT_ROWS_PER_CHUNK = 1024
 """CHUNK_SIZE of v1/worker/gpu/sample/prompt_logprob.py."""
 VOCABULARY_PADDING = 64
@@ -153,17 +154,84 @@ def request_cache_bytes(facts: ModelFacts, settings: EngineSettings, tokens: int
     """KV bytes that one request of `tokens` holds on one GPU, in whole blocks.
 
     A sliding-window layer keeps the window and what one step may add (SlidingWindowSpec.max_memory_usage_bytes of
-    v1/kv_cache_interface.py), a state layer a fixed size.
+    v1/kv_cache_interface.py). Where layers keep a state, blocks are those of `state_pool`.
+    """
+    if pool := state_pool(facts, settings, block):
+        return pool.block_bytes * pool.request_blocks(settings, tokens)
+    item = cache_item_bytes(settings.dtype, settings.kv_cache_dtype)
+    return sum(
+        round_up(_kept_tokens(group, settings, tokens, block), block)
+        * group.elements_per_token
+        * item
+        // _cache_split(facts, group, settings.tensor_parallel_size)
+        for group in facts.cache
+    )
+
+
+def _kept_tokens(group: CacheGroup, settings: EngineSettings, tokens: int, block: int) -> int:
+    if group.kind == "sliding" and group.window_tokens is not None:
+        return min(tokens, group.window_tokens - 1 + settings.max_num_batched_tokens + block)
+    return tokens
+
+
+@dataclass(frozen=True)
+class StatePool:
+    """The cache of a model with states: blocks of one size, which states and attention take from the same pool."""
+
+    block_bytes: int
+    block_tokens: int
+    """Tokens of an attention block; without attention, what it was called with."""
+    state_blocks: int
+    """Blocks that the states of one request take."""
+    attention: tuple[tuple[CacheGroup, int], ...]
+    """Each attention group, and how many blocks it takes for every `block_tokens`."""
+
+    def request_blocks(self, settings: EngineSettings, tokens: int) -> int:
+        """Blocks that one request of `tokens` holds."""
+        return self.state_blocks + sum(
+            count * -(-_kept_tokens(group, settings, tokens, self.block_tokens) // self.block_tokens)
+            for group, count in self.attention
+        )
+
+    @property
+    def attention_blocks(self) -> int:
+        """Blocks that `block_tokens` more tokens take."""
+        return sum(count for _, count in self.attention)
+
+
+def state_pool(facts: ModelFacts, settings: EngineSettings, block: int = BLOCK_TOKENS) -> StatePool | None:
+    """How vLLM lays out the cache of one GPU where layers keep a state; None where none does.
+
+    Beside attention, prefix caching is on, for which a request holds two states (MambaSpec.max_memory_usage_bytes with
+    mamba_cache_mode `align`); without attention it is off, and one state is held (is_prefix_caching_supported of
+    config/model.py). An attention block has as many tokens as fill the page of a state, which is padded to it
+    (_align_hybrid_block_size of platforms/interface.py). Layers are put into groups of one size, a block of which is
+    a page of each layer (_get_kv_cache_groups_uniform_page_size of v1/core/kv_cache_utils.py).
     """
     item = cache_item_bytes(settings.dtype, settings.kv_cache_dtype)
-    total = 0
-    for group in facts.cache:
-        split = _cache_split(facts, group, settings.tensor_parallel_size)
-        kept = tokens
-        if group.kind == "sliding" and group.window_tokens is not None:
-            kept = min(tokens, group.window_tokens - 1 + settings.max_num_batched_tokens + block)
-        total += round_up(kept, block) * group.elements_per_token * item // split + group.state_bytes // split
-    return total
+    tp = settings.tensor_parallel_size
+    states = [group for group in facts.cache if group.kind == "state"]
+    attention = [group for group in facts.cache if group.kind != "state" and group.layers]
+    if not states:
+        return None
+    page = max(-(-group.state_bytes // (group.layers * tp)) for group in states)
+    layers = sum(group.layers for group in states)
+    if not attention:
+        return StatePool(page * layers, block, 1, ())
+    # Kernels for MLA need blocks of a multiple of 128 tokens.
+    step = max(block, _MLA_BLOCK_TOKENS) if any(group.kind == "mla" for group in attention) else block
+    per_token = max(
+        -(-group.elements_per_token * item // (group.layers * _cache_split(facts, group, tp))) for group in attention
+    )
+    block_tokens = step * -(-page // (step * per_token))
+    counts = [layers, *(group.layers for group in attention)]
+    size = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
+    return StatePool(
+        block_bytes=block_tokens * per_token * size,
+        block_tokens=block_tokens,
+        state_blocks=2 * -(-layers // size),
+        attention=tuple((group, -(-group.layers // size)) for group in attention),
+    )
 
 
 def prompt_logprobs_bytes(facts: ModelFacts, settings: EngineSettings, runner: Runner, longest_tokens: int) -> int:

@@ -392,6 +392,9 @@ def _layer_state_bytes(text: Config) -> int:
     """Bytes that one layer keeps for one sequence: the convolution's last inputs and the recurrent state."""
     convolution_item = 4 if _config_dtype(text) == "float32" else 2
     recurrent = text.get("mamba_ssm_cache_dtype") or text.get("mamba_ssm_dtype")
+    if recurrent is None and text.get("model_type") == "nemotron_h":
+        # The default of its class (DEFAULT_MAMBA_SSM_CACHE_DTYPE of vllm/model_executor/models/config.py).
+        recurrent = "float32"
     recurrent_item = 4 if recurrent == "float32" else convolution_item
     hidden = int(_first(text, *_HIDDEN, default=0))
     if text.get("linear_num_value_heads"):

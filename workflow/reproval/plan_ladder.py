@@ -18,6 +18,7 @@ from reproval.memory_model import (
     predict,
     request_cache_bytes,
     round_up,
+    state_pool,
 )
 from reproval.plan_start import FEWEST_SEQUENCES, FEWEST_SUBMITTED, SCORE_LEVERS, Case, gib, requests_over
 from reproval.records import EngineSettings, Lever, MemoryPrediction, ModelFacts, PulledLever, Rung
@@ -131,9 +132,17 @@ def prediction(case: Case, settings: EngineSettings) -> MemoryPrediction:
 
 
 def needed_cache_bytes(case: Case, settings: EngineSettings) -> int:
-    """The least cache: one request of the full length, and the tokens of one step, with a block to spare."""
-    one = request_cache_bytes(case.facts, settings, settings.max_model_len + case.block, case.block)
+    """The least cache: one request of the full length, and the tokens of one step, with a block to spare.
+
+    Where layers keep states, graphs also need a block for each request that may run at once
+    (resolve_cudagraph_mode_and_sizes of vllm/config/compilation.py).
+    """
     in_step = min(settings.max_num_batched_tokens, case.work.largest_task_tokens)
+    if pool := state_pool(case.facts, settings, case.block):
+        step_blocks = pool.attention_blocks * math.ceil(in_step / pool.block_tokens)
+        blocks = pool.request_blocks(settings, settings.max_model_len) + step_blocks + 1
+        return pool.block_bytes * max(blocks, 0 if settings.enforce_eager else settings.max_num_seqs)
+    one = request_cache_bytes(case.facts, settings, settings.max_model_len + case.block, case.block)
     return one + in_step * cache_bytes_per_token(
         case.facts, settings.dtype, settings.kv_cache_dtype, settings.tensor_parallel_size
     )
@@ -141,13 +150,16 @@ def needed_cache_bytes(case: Case, settings: EngineSettings) -> int:
 
 def useful_cache_bytes(case: Case, settings: EngineSettings) -> int:
     """More cache than this is never filled: all requests of the largest task at once."""
+    least = needed_cache_bytes(case, settings)
+    if pool := state_pool(case.facts, settings, case.block):
+        running = min(settings.max_num_seqs, case.work.largest_task_requests)
+        full = math.ceil(case.work.largest_task_tokens / pool.block_tokens) + running
+        return max(least, pool.block_bytes * (running * pool.state_blocks + pool.attention_blocks * full + 1))
     per_token = cache_bytes_per_token(
         case.facts, settings.dtype, settings.kv_cache_dtype, settings.tensor_parallel_size
     )
-    states = sum(group.state_bytes for group in case.facts.cache) // settings.tensor_parallel_size
-    running = min(settings.max_num_seqs, case.work.largest_task_requests)
     blocks = case.work.largest_task_tokens + case.work.largest_task_requests * case.block
-    return max(needed_cache_bytes(case, settings), blocks * per_token + running * states)
+    return max(least, blocks * per_token)
 
 
 def without_cache_bytes(case: Case, settings: EngineSettings) -> int:
