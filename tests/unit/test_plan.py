@@ -403,6 +403,23 @@ def test_the_fewest_gpus_that_fit() -> None:
     assert not divides(facts("Qwen3-14B"), 3)
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "vocabulary", "width", "sizes"),
+    [
+        # phi-4: heads, KV heads and width can be divided by 5, the vocabulary cannot.
+        (40, 10, 100352, 17920, [1, 2]),
+        # Llama-2-13B: heads and vocabulary can be divided by 5, the width cannot.
+        (40, 40, 32000, 13824, [1, 2, 4, 8]),
+    ],
+)
+def test_a_model_is_divided_only_without_rest(
+    heads: int, kv_heads: int, vocabulary: int, width: int, sizes: list[int]
+) -> None:
+    shapes = {"attention_heads": heads, "kv_heads": kv_heads, "vocab_size": vocabulary, "intermediate_size": width}
+    model = facts("Llama-2-13b-hf").model_copy(update=shapes)
+    assert [n for n in range(1, 9) if divides(model, n)] == sizes
+
+
 def test_a_quantized_bitsandbytes_checkpoint_is_not_divided() -> None:
     """vLLM refuses tensor parallelism for it, so more GPUs do not help and are not advised."""
     plan = planned("Meta-Llama-3.1-8B-bnb-4bit", gpu(6.5, 4))

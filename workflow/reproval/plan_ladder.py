@@ -15,6 +15,7 @@ from reproval.memory_model import (
     MIB,
     cache_bytes_per_token,
     host_bytes,
+    padded_vocabulary,
     predict,
     request_cache_bytes,
     round_up,
@@ -81,13 +82,14 @@ def _parallel_sizes(case: Case) -> list[int]:
 
 
 def divides(facts: ModelFacts, tp: int) -> bool:
-    """Whether vLLM can divide the model among so many GPUs: by its heads, and KV heads are divided or copied.
+    """Whether vLLM can divide the model among so many GPUs.
 
-    A checkpoint that bitsandbytes quantized cannot be divided.
+    It divides heads, the padded vocabulary (VocabParallelEmbedding) and the width of the MLP or of an expert without
+    rest, and KV heads are divided or copied. A checkpoint that bitsandbytes quantized cannot be divided.
     """
     if tp > 1 and facts.quantization == "bitsandbytes":
         return False
-    if facts.attention_heads % tp:
+    if any(size % tp for size in (facts.attention_heads, padded_vocabulary(facts), facts.intermediate_size)):
         return False
     return facts.kv_heads == 0 or facts.kv_heads % tp == 0 or tp % facts.kv_heads == 0
 
