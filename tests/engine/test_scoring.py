@@ -233,6 +233,16 @@ def test_a_prompt_that_is_cut_for_generation_is_counted(model: ReprovalVLLM, sco
     assert model.paths["long"] == ScoringPath(requests=2, stock=2, cut=1)
 
 
+def test_a_prompt_without_room_beside_its_answer_counts_as_cut(model: ReprovalVLLM) -> None:
+    from lm_eval.api.instance import Instance
+
+    settings = {"until": ["\n\n"], "max_gen_toks": MAX_LEN, "do_sample": False}
+    request = Instance("generate_until", {}, ("Count:", settings), 0, ("long", 0, 1))
+    prompt = model._prompt(0, request, model.tok_encode("Count:"), eos="<eos>")
+    assert len(prompt.tokens) == len(model.tok_encode("Count:")), "lm-eval keeps tokens[-0:], which are all"
+    assert prompt.cut
+
+
 @pytest.mark.parametrize("method", ["loglikelihood", "loglikelihood_rolling", "generate_until"])
 def test_the_engine_works_while_the_next_window_is_encoded(
     model: ReprovalVLLM, method: str, monkeypatch: pytest.MonkeyPatch

@@ -463,6 +463,33 @@ def test_a_length_that_the_user_asks_for_is_counted() -> None:
     assert requests_over([ANSWERS], 2000) == 0
 
 
+def test_a_length_cap_leaves_room_for_the_longest_answer_and_some_of_its_prompt() -> None:
+    """lm-eval cuts a prompt to max_model_len - max_gen_toks tokens; where that is not above 0, vLLM refuses it."""
+    answers = task("generate_until", requests=100, context=1000, continuation=0, generated=1024, longest=3000)
+    published = planned("Qwen3-14B", H100, [CHOICES, answers], "published")
+    assert published.ladder[0].settings.max_model_len == 1088
+    [lever] = [lever for lever in published.levers if lever.lever == "max_model_len"]
+    assert "1024 tokens have no room for the longest answer of 1024" in lever.reason
+    asked = planned("Qwen3-4B", H100, [answers], asked=ModelConfig(path="m", max_model_len=512))
+    assert asked.ladder[0].settings.max_model_len == 1088
+    enough = planned("Qwen3-4B", H100, [answers], asked=ModelConfig(path="m", max_model_len=1100))
+    assert enough.ladder[0].settings.max_model_len == 1100
+    # The plan's own cuts stop there too.
+    long = task("generate_until", requests=100, context=1000, continuation=0, generated=4096, longest=30_000)
+    lengths = [rung.settings.max_model_len for rung in planned("Qwen3-14B", gpu(22), [long]).ladder]
+    assert lengths[0] == 30_000
+    assert lengths[-1] >= 4160
+    assert 7504 in lengths
+
+
+def test_an_answer_longer_than_the_model_is_refused_with_the_mend() -> None:
+    answers = task("generate_until", requests=100, context=100, continuation=0, generated=2048, longest=2200)
+    refused = planned("pythia-6.9b", H100, [answers])
+    assert not refused.fits
+    assert "generates up to 2048 tokens" in (refused.advice or "")
+    assert "max_gen_toks below 2048" in (refused.advice or "")
+
+
 def test_requests_longer_than_the_model_are_said_to_be_cut() -> None:
     plan = planned("pythia-6.9b", H100)
     assert plan.ladder[0].settings.max_model_len == 2048

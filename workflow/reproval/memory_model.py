@@ -68,6 +68,8 @@ class Work:
     prompt_tokens: int
     prefill_tokens: int
     generated_tokens: int
+    longest_answer: int
+    """The largest `max_gen_toks` of a task."""
     largest_task_tokens: int
     largest_task_requests: int
     loglikelihood: bool
@@ -94,6 +96,8 @@ def summarize(tasks: Iterable[TaskFacts]) -> Work:
         prompt_tokens=sum(task.context_tokens + task.continuation_tokens for task in tasks),
         prefill_tokens=sum(prefilled(task) for task in tasks),
         generated_tokens=sum(task.generation_tokens for task in tasks),
+        # All requests of a task have the same.
+        longest_answer=max((-(-task.generation_tokens // max(task.requests, 1)) for task in tasks), default=0),
         largest_task_tokens=max((prefilled(task) + task.generation_tokens for task in tasks), default=1),
         largest_task_requests=max((task.requests for task in tasks), default=1),
         loglikelihood=any(task.request_type != "generate_until" for task in tasks),

@@ -31,7 +31,7 @@ from reproval.plan_ladder import (
     useful_cache_bytes,
     without_cache_bytes,
 )
-from reproval.plan_start import Case, Reasons, first_settings, gib
+from reproval.plan_start import Case, Reasons, first_settings, gib, refusal
 from reproval.problems import ConfigError
 from reproval.records import EngineSettings, Facts, Hardware, ModelFacts, Plan, PulledLever, Reason, TaskFacts
 from reproval.seeds import engine_seed
@@ -93,13 +93,14 @@ def _plan(run: str, model: str, case: Case, asked: ModelConfig, seed: int | None
         f"{case.policy.summary}",
     )
     first, given = first_settings(case, asked, seed, reasons, policy)
+    impossible = refusal(case)
     # A share of a GPU is for models that need no more than neutral levers on one GPU: the first group.
     places = list(groups_of(case, first))[: 1 if case.jobs_per_gpu > 1 else None]
     groups = [list(neutral_steps(case, each)) for each in places]
     found = next(
         (
             (place, step, settled)
-            for place, group in enumerate(groups)
+            for place, group in enumerate(groups if impossible is None else [])
             for step, candidate in enumerate(group)
             if (settled := settle(case, candidate))
         ),
@@ -115,7 +116,8 @@ def _plan(run: str, model: str, case: Case, asked: ModelConfig, seed: int | None
         "jobs_per_gpu": case.jobs_per_gpu,
     }
     if found is None:
-        return Plan(**common, fits=False, advice=_advice(case, first), levers=given, reasons=reasons.entries, ladder=[])
+        advice = impossible or _advice(case, first)
+        return Plan(**common, fits=False, advice=advice, levers=given, reasons=reasons.entries, ladder=[])
     place, step, settled = found
     levers = given + pulled(case, first, settled.settings, _need_text(case, first, settled))
     _amend(reasons, settled.settings, levers)

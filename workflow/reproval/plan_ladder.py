@@ -61,8 +61,9 @@ def _score_steps(case: Case, first: EngineSettings) -> Iterator[EngineSettings]:
             current = current.model_copy(update={"dtype": "bfloat16"})
             yield current
         if lever == "max_model_len":
-            while current.max_model_len > case.rule.shortest_max_model_len:
-                half = max(case.rule.shortest_max_model_len, round_up(current.max_model_len // 2, BLOCK_TOKENS))
+            shortest = max(case.rule.shortest_max_model_len, case.shortest_length)
+            while current.max_model_len > shortest:
+                half = max(shortest, round_up(current.max_model_len // 2, BLOCK_TOKENS))
                 current = current.model_copy(update={"max_model_len": half})
                 yield current
 

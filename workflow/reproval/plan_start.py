@@ -26,6 +26,8 @@ SCORE_LEVERS = ("max_model_len", "quantization", "kv_cache_dtype", "dtype")
 FEWEST_SEQUENCES = 16
 FEWEST_SUBMITTED, MOST_SUBMITTED = 64, 8192
 _SHORTEST_LENGTH = 256
+_LEAST_CONTEXT = 64
+"""Tokens of a prompt that a length cap leaves beside the longest answer."""
 
 
 def gib(size: float) -> str:
@@ -61,6 +63,15 @@ class Case:
     @property
     def block(self) -> int:
         return BLOCK_TOKENS if self.hardware.gpus else CPU_BLOCK_TOKENS
+
+    @property
+    def shortest_length(self) -> int:
+        """No length cap goes below this: room for the longest answer and some of its prompt.
+
+        lm-eval cuts a prompt to its last max_model_len - max_gen_toks tokens (truncate_tokens), and where that is 0 or
+        less it keeps too much, which the engine refuses.
+        """
+        return round_up(self.work.longest_answer + _LEAST_CONTEXT, BLOCK_TOKENS) if self.work.longest_answer else 1
 
     def allows(self, lever: Lever) -> bool:
         return lever in self.policy.neutral_levers or lever in self.rule.score_levers
@@ -192,13 +203,30 @@ def _max_model_len(case: Case, asked: ModelConfig, reasons: Reasons, give: Any, 
             f"(the longest has {longest}); lm-eval cuts them on any machine"
         )
     cap = asked.max_model_len or case.start.max_model_len
-    if cap is not None and cap < wanted:
-        cut = requests_over(case.tasks, cap)
+    if cap is not None and max(cap, case.shortest_length) < wanted:
         why = "asked for in the configuration" if asked.max_model_len else by_policy
+        if cap < case.shortest_length:
+            why += (
+                f", but {cap} tokens have no room for the longest answer of {case.work.longest_answer} and "
+                f"{_LEAST_CONTEXT} of its prompt; lower max_gen_toks for a shorter length"
+            )
+            cap = case.shortest_length
+        cut = requests_over(case.tasks, cap)
         give("max_model_len", wanted, cap, f"{why}; {cut} of {case.work.requests} requests are cut", cut)
         text, wanted = f"{why}; {text}", cap
     reasons.add("max_model_len", wanted, text)
     return wanted
+
+
+def refusal(case: Case) -> str | None:
+    """Why no settings can run this work, and the mend; None if nothing is known against it."""
+    answer, limit = case.work.longest_answer, case.facts.max_position_embeddings
+    if answer >= limit:
+        return (
+            f"A task generates up to {answer} tokens, and the model's maximum is {limit} for prompt and answer "
+            f"together. Set max_gen_toks below {limit} under `generation` of the suite or in the task."
+        )
+    return None
 
 
 def requests_over(tasks: list[TaskFacts], max_model_len: int) -> int:

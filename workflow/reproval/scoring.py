@@ -521,5 +521,6 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
         stop = [text for text in until if text == eos] if self.think_end_token else until
         params = SamplingParams(max_tokens=max_gen_toks, stop=stop, output_kind=RequestOutputKind.FINAL_ONLY, **kwargs)
         shown = kwargs | {"until": until, "max_gen_toks": max_gen_toks}
-        cut = len(tokens) < len(context)
+        # By the lengths: where an answer leaves no room for a prompt, lm-eval may keep as many tokens as there were.
+        cut = len(context) + max_gen_toks > self.max_length
         return _Prompt(position, request.task_name or "", request.args[0], _array(tokens), cut, shown, params)
