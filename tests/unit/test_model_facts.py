@@ -72,7 +72,18 @@ def test_layers_of_hybrids() -> None:
             {"num_hidden_layers": 4, "hybrid_layer_pattern": [0, 1, 1, 0], "sliding_window": 8},
             "full sliding sliding full",
         ),
-        ({"num_hidden_layers": 2, "linear_attn_config": {"kda_layers": [1]}, "kv_lora_rank": 8}, ["state", "mla"]),
+        (
+            {
+                "model_type": "kimi_linear",
+                "num_hidden_layers": 2,
+                "linear_attn_config": {"kda_layers": [1]},
+                "kv_lora_rank": 8,
+            },
+            ["state", "mla"],
+        ),
+        # MiniCPM3 has the latent's key, but vLLM caches its full keys and values.
+        ({"model_type": "minicpm3", "num_hidden_layers": 2, "kv_lora_rank": 256}, ["full"] * 2),
+        ({"model_type": "deepseek_v3", "num_hidden_layers": 2, "kv_lora_rank": 512}, ["mla"] * 2),
         ({"num_hidden_layers": 3, "attn_layer_indices": [1]}, ["state", "full", "state"]),
         ({"num_hidden_layers": 2, "layers_block_type": ["mamba", "hybrid"]}, ["state", "full", "state"]),
         ({"num_hidden_layers": 2, "model_type": "falcon_h1"}, ["full", "state"] * 2),

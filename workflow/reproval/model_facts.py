@@ -340,7 +340,7 @@ def layer_kinds(text: Config) -> list[str]:
     """For each layer: full, mla, sliding, state or none. A layer with both attention and Mamba is named twice."""
     layers = layer_count(text)
     model_type = text.get("model_type")
-    attention = "mla" if text.get("kv_lora_rank") else "full"
+    attention = "mla" if text.get("kv_lora_rank") and model_type in _MLA_TYPES else "full"
     names = text.get("layer_types") or text.get("layers_block_type")
     if model_type in ("mamba", "mamba2", "falcon_mamba"):
         return ["state"] * layers
@@ -375,6 +375,13 @@ def layer_kinds(text: Config) -> list[str]:
     return [attention] * layers
 
 
+# Types whose latent vLLM caches (is_deepseek_mla of transformers_utils/model_arch_config_convertor.py); others with a
+# kv_lora_rank, such as MiniCPM3, keep full keys and values.
+_MLA_TYPES = {
+    "axk1", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "deepseek_v41",
+    "dots3_note", "glm4_moe_lite", "glm5_next", "glm5_next_text", "glm_moe_dsa", "hy_v4", "kimi_k2", "kimi_linear",
+    "longcat_flash", "pangu_ultra_moe",
+}  # fmt: skip
 _FULL_EVERY = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4}
 _NAMED_KINDS = {
     "sliding_attention": "sliding",
