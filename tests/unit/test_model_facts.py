@@ -331,3 +331,23 @@ except ModelError as error:
     assert json.loads(found)["parameters"] == 128 + 8_000_000
     assert sum(size for name, size in sent if name == "model-2.safetensors") < 1_000_000
     assert missing.startswith(f"org/other at {REVISION}: cannot be read from the Hub")
+
+
+@pytest.mark.parametrize(
+    ("scaling", "longest"),
+    [
+        # LLaMA-2-7B-32K.
+        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, 32768),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 8192),
+        ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 4.0}}}, 16384),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 4096),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, 4096),
+        ({"rope_scaling": {"type": "su", "long_factor": [1.0], "short_factor": [1.0]}}, 4096),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, 4096),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "model_type": "gemma3_text"}, 4096),
+        ({"rope_scaling": None}, 4096),
+    ],
+)
+def test_rotary_scaling_stretches_the_maximum_as_in_vllm(scaling: dict[str, Any], longest: int) -> None:
+    config = load("Llama-2-13b-hf")["config"] | {"max_position_embeddings": 4096} | scaling
+    assert facts_of(config, tensors("Llama-2-13b-hf")).max_position_embeddings == longest

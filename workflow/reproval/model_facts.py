@@ -570,9 +570,30 @@ def _intermediate_size(text: Config, hidden: int) -> int:
 
 
 def _longest_sequence(text: Config) -> int:
-    """max_position_embeddings under its several names; a model without positions (Mamba, ALiBi) gets 2^20."""
+    """max_position_embeddings under its several names, times the factor of its rotary scaling where vLLM takes that.
+
+    A model without positions (Mamba, ALiBi) gets 2^20.
+    """
     value = _first(text, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx", default=None)
-    return int(value or 2**20)
+    return int(value * _rotary_factor(text)) if value else 2**20
+
+
+# Their max_position_embeddings is already what scaling reaches.
+_SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
+
+
+def _rotary_factor(text: Config) -> float:
+    """As _get_and_verify_max_len of vllm/config/model.py: linear, dynamic and the like stretch the maximum."""
+    scaling = text.get("rope_parameters") or text.get("rope_scaling")
+    if not isinstance(scaling, dict) or "gemma3" in str(text.get("model_type")):
+        return 1.0
+    # A newer configuration may have one set of parameters for each type of layer.
+    nested = [part for part in scaling.values() if isinstance(part, dict)]
+    factor = 1.0
+    for part in nested or [scaling]:
+        if (part.get("rope_type") or part.get("type")) not in _SCALED_ALREADY:
+            factor = part.get("factor") or factor
+    return float(factor)
 
 
 def _first(config: Config, *keys: str, default: Any) -> Any:
