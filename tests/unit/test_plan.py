@@ -172,13 +172,17 @@ WORK = st.builds(
 
 
 def badness(plan: Plan) -> tuple[float, ...]:
-    """Larger is worse: does not fit, changes scores, takes more GPUs, and by how much it was throttled."""
+    """Larger is worse: does not fit, changes scores, takes more GPUs, and by how much it was throttled.
+
+    fp8 on a throttled engine is better than bitsandbytes on a free one.
+    """
     if not plan.fits:
         return (1,)
     chosen = plan.ladder[0].settings
     throttled = -math.log2(chosen.max_num_batched_tokens) - math.log2(chosen.max_num_seqs) + chosen.enforce_eager
     changed = [lever.lever for lever in plan.levers if lever.changes_scores]
-    return (0, len(changed), -chosen.max_model_len, chosen.tensor_parallel_size, throttled)
+    method = [None, "fp8", "bitsandbytes"].index(chosen.quantization)
+    return (0, len(changed), method, -chosen.max_model_len, chosen.tensor_parallel_size, throttled)
 
 
 @given(
@@ -493,7 +497,18 @@ def test_an_answer_longer_than_the_model_is_refused_with_the_mend() -> None:
 def test_requests_longer_than_the_model_are_said_to_be_cut() -> None:
     plan = planned("pythia-6.9b", H100)
     assert plan.ladder[0].settings.max_model_len == 2048
-    assert "1 requests are longer than the model's maximum of 2048" in reason(plan, "max_model_len")
+    said = "the longest request has 3001 tokens and the model's maximum is 2048: on any machine lm-eval cuts 1 requests"
+    assert said in reason(plan, "max_model_len")
+
+
+def test_long_texts_of_rolling_tasks_are_scored_in_windows_and_not_cut() -> None:
+    texts = task("loglikelihood_rolling", requests=10, context=1, continuation=5000, longest=9000)
+    plan = planned("pythia-6.9b", H100, [CHOICES, texts])
+    assert "cuts 1 requests and scores 10 texts in windows" in reason(plan, "max_model_len")
+    capped = planned("Qwen3-4B", H100, [texts], asked=ModelConfig(path="m", max_model_len=6000))
+    [lever] = capped.levers
+    assert (lever.requests_cut, lever.changes_scores) == (0, True), "other windows are other contexts"
+    assert lever.reason == "asked for in the configuration; 0 of 10 requests are cut, 1 texts are scored in windows"
 
 
 def test_stock_requests_are_submitted_in_batches_that_host_memory_holds() -> None:

@@ -21,7 +21,16 @@ from reproval.memory_model import (
     round_up,
     state_pool,
 )
-from reproval.plan_start import FEWEST_SEQUENCES, FEWEST_SUBMITTED, SCORE_LEVERS, Case, gib, requests_over
+from reproval.plan_start import (
+    FEWEST_SEQUENCES,
+    FEWEST_SUBMITTED,
+    SCORE_LEVERS,
+    Case,
+    changes_requests,
+    gib,
+    length_text,
+    requests_over,
+)
 from reproval.records import EngineSettings, Lever, MemoryPrediction, ModelFacts, PulledLever, Rung
 
 # Below the first of each pair, throughput suffers before memory is won; the second is the last step.
@@ -283,15 +292,15 @@ def pulled(case: Case, before: EngineSettings, after: EngineSettings, reason: st
         old, new = getattr(before, name), getattr(after, name)
         if old == new or (name == "kv_cache_memory_bytes" and old is None):
             continue
-        cut = requests_over(case.tasks, new) if name == "max_model_len" else 0
+        shorter = name == "max_model_len" and changes_requests(case.tasks, new)
         levers.append(
             PulledLever(
                 lever=name,
                 before=str(old),
                 after=str(new),
-                reason=reason + (f"; {cut} of {case.work.requests} requests are cut" if cut else ""),
-                changes_scores=name in SCORE_LEVERS and (name != "max_model_len" or cut > 0),
-                requests_cut=cut,
+                reason=reason + (f"; {length_text(case, new)}" if shorter else ""),
+                changes_scores=name in SCORE_LEVERS and (name != "max_model_len" or shorter),
+                requests_cut=requests_over(case.tasks, new) if shorter else 0,
             )
         )
     return levers

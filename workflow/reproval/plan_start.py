@@ -92,7 +92,7 @@ def first_settings(
     given: list[PulledLever] = []
 
     def give(lever: Lever, before: Any, after: Any, reason: str, cut: int = 0) -> None:
-        changes = lever in SCORE_LEVERS and (lever != "max_model_len" or cut > 0)
+        changes = lever in SCORE_LEVERS and (lever != "max_model_len" or changes_requests(case.tasks, after))
         given.append(
             PulledLever(
                 lever=lever,
@@ -199,8 +199,8 @@ def _max_model_len(case: Case, asked: ModelConfig, reasons: Reasons, give: Any, 
     )
     if longest > limit:
         text = (
-            f"{requests_over(case.tasks, limit)} requests are longer than the model's maximum of {limit} tokens "
-            f"(the longest has {longest}); lm-eval cuts them on any machine"
+            f"the longest request has {longest} tokens and the model's maximum is {limit}: on any machine lm-eval cuts "
+            f"{requests_over(case.tasks, limit)} requests and scores {texts_over(case.tasks, limit)} texts in windows"
         )
     cap = asked.max_model_len or case.start.max_model_len
     if cap is not None and max(cap, case.shortest_length) < wanted:
@@ -212,7 +212,7 @@ def _max_model_len(case: Case, asked: ModelConfig, reasons: Reasons, give: Any, 
             )
             cap = case.shortest_length
         cut = requests_over(case.tasks, cap)
-        give("max_model_len", wanted, cap, f"{why}; {cut} of {case.work.requests} requests are cut", cut)
+        give("max_model_len", wanted, cap, f"{why}; {length_text(case, cap)}", cut)
         text, wanted = f"{why}; {text}", cap
     reasons.add("max_model_len", wanted, text)
     return wanted
@@ -231,12 +231,33 @@ def refusal(case: Case) -> str | None:
 
 def requests_over(tasks: list[TaskFacts], max_model_len: int) -> int:
     """Requests that lm-eval would cut from the left to fit."""
+    return _over([task for task in tasks if task.request_type != "loglikelihood_rolling"], max_model_len)
+
+
+def texts_over(tasks: list[TaskFacts], max_model_len: int) -> int:
+    """Texts of rolling tasks that are scored in several windows; nothing of them is cut."""
+    return _over([task for task in tasks if task.request_type == "loglikelihood_rolling"], max_model_len)
+
+
+def changes_requests(tasks: list[TaskFacts], max_model_len: int) -> bool:
+    """Whether so short a length changes what is asked of the model: prompts that are cut, or windows."""
+    return _over(tasks, max_model_len) > 0
+
+
+def _over(tasks: list[TaskFacts], max_model_len: int) -> int:
     return sum(
         count
         for task in tasks
         for length, count in task.lengths.items()
         if length + (task.request_type != "generate_until") > max_model_len
     )
+
+
+def length_text(case: Case, max_model_len: int) -> str:
+    """What a length does to the requests, in words."""
+    text = f"{requests_over(case.tasks, max_model_len)} of {case.work.requests} requests are cut"
+    texts = texts_over(case.tasks, max_model_len)
+    return f"{text}, {texts} texts are scored in windows" if texts else text
 
 
 def _submit_batch(case: Case, give: Any) -> int:
