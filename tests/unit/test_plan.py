@@ -390,6 +390,22 @@ def test_old_gpus_have_no_bfloat16() -> None:
     assert [(lever.lever, lever.changes_scores) for lever in plan.levers] == [("dtype", True)]
 
 
+def test_float16_is_not_planned_for_models_that_vllm_refuses_in_it() -> None:
+    old = planned("gemma-2-9b", gpu(80, capability="7.0"))
+    assert old.ladder[0].settings.dtype == "float32"
+    assert "vLLM refuses float16 for gemma2" in reason(old, "dtype")
+    stored = facts("gemma-2-9b").model_copy(update={"checkpoint_dtype": "float16"})
+    new = make_plan("r", "m", stored, [CHOICES], H100, TIERS, "auto", ASKED, 1234)
+    assert new.ladder[0].settings.dtype == "bfloat16"
+    assert [(lever.lever, lever.before, lever.changes_scores) for lever in new.levers] == [("dtype", "float16", True)]
+    for name in ("gemma-2-9b", "gemma-3-4b-it", "gemma-3-1b-it"):
+        asked = planned(name, H100, asked=ModelConfig(path="m", dtype="float16"))
+        assert not asked.fits
+        assert "refuses dtype float16" in (asked.advice or "")
+        assert "to bfloat16 or float32" in (asked.advice or "")
+    assert planned("gemma-2b", H100, asked=ModelConfig(path="m", dtype="float16")).fits
+
+
 def test_float32_checkpoints_run_in_16_bit() -> None:
     plan = planned("OLMo-2-1124-13B", H100)
     assert plan.ladder[0].settings.dtype == "bfloat16"

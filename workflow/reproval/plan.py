@@ -93,7 +93,7 @@ def _plan(run: str, model: str, case: Case, asked: ModelConfig, seed: int | None
         f"{case.policy.summary}",
     )
     first, given = first_settings(case, asked, seed, reasons, policy)
-    impossible = refusal(case)
+    impossible = refusal(case, first.dtype)
     # A share of a GPU is for models that need no more than neutral levers on one GPU: the first group.
     places = list(groups_of(case, first))[: 1 if case.jobs_per_gpu > 1 else None]
     groups = [list(neutral_steps(case, each)) for each in places]

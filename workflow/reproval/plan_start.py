@@ -26,6 +26,8 @@ SCORE_LEVERS = ("max_model_len", "quantization", "kv_cache_dtype", "dtype")
 FEWEST_SEQUENCES = 16
 FEWEST_SUBMITTED, MOST_SUBMITTED = 64, 8192
 _SHORTEST_LENGTH = 256
+_NO_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
+"""Model types that vLLM refuses in float16 (_FLOAT16_NOT_SUPPORTED_MODELS of vllm/config/model.py)."""
 _LEAST_CONTEXT = 64
 """Tokens of a prompt that a length cap leaves beside the longest answer."""
 
@@ -184,8 +186,11 @@ def _dtype(case: Case, asked: ModelConfig, reasons: Reasons, give: Any, by_polic
     if no_bfloat16 and dtype == "bfloat16":
         dtype = "float16"
         text = f"bfloat16 needs compute capability 8.0, this GPU has {old}"
-        if stored != "float32":
-            give("dtype", stored, dtype, text)
+    if dtype == "float16" and case.facts.model_type in _NO_FLOAT16:
+        dtype = "float32" if no_bfloat16 else "bfloat16"
+        text = f"vLLM refuses float16 for {case.facts.model_type}" + (f", and {text}" if no_bfloat16 else "")
+    if dtype != stored and stored != "float32":
+        give("dtype", stored, dtype, text)
     reasons.add("dtype", dtype, text)
     return dtype
 
@@ -218,8 +223,13 @@ def _max_model_len(case: Case, asked: ModelConfig, reasons: Reasons, give: Any, 
     return wanted
 
 
-def refusal(case: Case) -> str | None:
-    """Why no settings can run this work, and the mend; None if nothing is known against it."""
+def refusal(case: Case, dtype: Dtype) -> str | None:
+    """Why no settings with this dtype can run the work, and the mend; None if nothing is known against it."""
+    if dtype == "float16" and case.facts.model_type in _NO_FLOAT16:
+        return (
+            f"vLLM refuses dtype float16 for {case.facts.model_type} models, which are numerically unstable in it. "
+            "Set `dtype` of the model, or of the policy's start, to bfloat16 or float32, or leave it out."
+        )
     answer, limit = case.work.longest_answer, case.facts.max_position_embeddings
     if answer >= limit:
         return (
