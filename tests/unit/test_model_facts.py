@@ -108,6 +108,16 @@ def test_heads_that_differ_from_layer_to_layer() -> None:
     assert [(g.kind, g.layers, g.elements_per_token) for g in found.cache] == [("full", 2, 2 * 8 * (1 + 4))]
 
 
+def test_scales_that_were_quantized_a_second_time_are_loaded_as_float32() -> None:
+    """One byte for 64 weights becomes four: 6,979,321,856 weights in linear layers."""
+    twice = facts("Meta-Llama-3.1-8B-bnb-4bit")
+    assert twice.nested_absmax_elements == 6_979_321_856 // 64
+    stored = twice.model_copy(update={"nested_absmax_elements": 0})
+    more = weights_bytes(twice, "bfloat16", None) - weights_bytes(stored, "bfloat16", None)
+    assert more == 3 * 6_979_321_856 // 64
+    assert facts("Qwen2-7B-Instruct-AWQ").nested_absmax_elements == 0
+
+
 def test_weights_in_memory() -> None:
     # Measured on an H100: 7.56 GiB in bfloat16 and 4.19 GiB with fp8.
     qwen = facts("Qwen3-4B")
@@ -123,7 +133,7 @@ def test_weights_in_memory() -> None:
         ("Qwen2-7B-Instruct-AWQ", "awq", 5.6),
         ("Qwen2-7B-Instruct-GPTQ-Int4", "gptq", 5.6),
         ("Meta-Llama-3.1-70B-Instruct-quantized.w4a16", "compressed-tensors", 39.5),
-        ("Meta-Llama-3.1-8B-bnb-4bit", "bitsandbytes", 5.7),
+        ("Meta-Llama-3.1-8B-bnb-4bit", "bitsandbytes", 6.03),
         ("Qwen3-32B-FP8", "fp8", 34.3),
         ("gpt-oss-20b", "mxfp4", 13.8),
     ]:

@@ -120,7 +120,8 @@ def padded_vocabulary(facts: ModelFacts) -> int:
 def weights_bytes(facts: ModelFacts, dtype: Dtype, quantization: str | None, tensor_parallel_size: int = 1) -> int:
     """Bytes of the weights on one GPU.
 
-    A checkpoint that is already quantized keeps what it stores; only its 16- and 32-bit tensors take `dtype`. Else
+    A checkpoint that is already quantized keeps what it stores; only its 16- and 32-bit tensors take `dtype`, and
+    scales that bitsandbytes quantized a second time become float32 (_dequantize_dq of vllm-bnb-plugin's loader). Else
     `quantization` (fp8 or bitsandbytes) shrinks the linear layers, and embeddings, an untied lm_head and norms stay
     in `dtype`. Norms are not divided by tensor parallelism, which is neglected.
     """
@@ -129,6 +130,7 @@ def weights_bytes(facts: ModelFacts, dtype: Dtype, quantization: str | None, ten
         total: float = sum(
             tensor.elements * item if tensor.dtype in _CAST_ON_LOAD else tensor.size_bytes for tensor in facts.tensors
         )
+        total += 3 * facts.nested_absmax_elements
     elif quantization is None:
         total = facts.parameters * item
     else:

@@ -209,6 +209,7 @@ def facts_of(config: Config, tensors: Iterable[Tensor]) -> ModelFacts:
             else 0
         ),
         expert_parameters=sum(n for name, n in logical.items() if experts and _EXPERT.search(name)),
+        nested_absmax_elements=_nested_absmax_elements(kept),
         soft_caps_logits=bool(text.get("final_logit_softcapping")),
         cache=cache_groups(text),
     )
@@ -500,6 +501,18 @@ def _logical_elements(tensor: Tensor, bits: int | None, quantized: bool) -> int:
 
 def _is_linear(name: str) -> bool:
     return not (_EMBEDDING.search(name) or _NOT_LINEAR.search(name))
+
+
+def _nested_absmax_elements(tensors: list[Tensor]) -> int:
+    """Elements of byte-sized scales that have scales of their own (a tensor .nested_absmax beside .absmax)."""
+    names = {tensor.name for tensor in tensors}
+    return sum(
+        tensor.elements
+        for tensor in tensors
+        if tensor.dtype == "U8"
+        and tensor.name.endswith(".absmax")
+        and tensor.name.removesuffix("absmax") + "nested_absmax" in names
+    )
 
 
 def _totals(tensors: Iterable[Tensor]) -> list[TensorTotal]:

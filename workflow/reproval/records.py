@@ -149,6 +149,9 @@ class ModelFacts(Part):
     experts_per_token: int = 0
     expert_parameters: int = Field(default=0, description="Those of routed experts, all of them; in memory at once.")
     soft_caps_logits: bool = False
+    nested_absmax_elements: int = Field(
+        default=0, description="bitsandbytes' double quantization: scales stored in a byte and loaded as float32."
+    )
     cache: list[CacheGroup]
 
 
