@@ -553,6 +553,16 @@ def test_too_little_host_memory_is_said() -> None:
     assert "host memory" in (plan.advice or "")
 
 
+def test_no_rung_takes_more_host_memory_than_there_is() -> None:
+    """Every rank is another process: a rung with more GPUs needs more of the host, and the job asks for the most."""
+    hardware = gpu(80, 8).model_copy(update={"host_memory_bytes": 12 * GIB})
+    plan = planned("Qwen3-32B", hardware)
+    assert plan.fits
+    assert all(rung.predicted.host_bytes <= 12 * GIB for rung in plan.ladder)
+    sizes = [rung.settings.tensor_parallel_size for rung in planned("Qwen3-32B", gpu(80, 8)).ladder]
+    assert max(sizes) > max(rung.settings.tensor_parallel_size for rung in plan.ladder)
+
+
 def test_golden_reasons() -> None:
     plan = planned("Llama-3.1-70B", gpu(80))
     texts = {entry.setting: f"{entry.value}: {entry.text}" for entry in plan.reasons}

@@ -182,8 +182,7 @@ def without_cache_bytes(case: Case, settings: EngineSettings) -> int:
 
 def settle(case: Case, settings: EngineSettings) -> Settled | None:
     """Give a candidate its cache; None if it does not fit."""
-    on_gpu = case.hardware.gpus > 0
-    if on_gpu and host_bytes(settings, case.work, case.scoring, True) > case.hardware.host_memory_bytes:
+    if case.hardware.gpus and not _host_fits(case, settings):
         return None
     least = needed_cache_bytes(case, settings)
     if settings.gpu_memory_utilization is not None:
@@ -195,6 +194,11 @@ def settle(case: Case, settings: EngineSettings) -> Settled | None:
     if room < least:
         return None
     return _with_cache(case, settings, max(least, _whole(min(room, useful_cache_bytes(case, settings)))))
+
+
+def _host_fits(case: Case, settings: EngineSettings) -> bool:
+    """Whether a machine with GPUs has the host memory that the engine's processes and the requests take."""
+    return host_bytes(settings, case.work, case.scoring, on_gpu=True) <= case.hardware.host_memory_bytes
 
 
 def _whole(size: int) -> int:
@@ -263,9 +267,14 @@ def _rung_settings(groups: list[list[EngineSettings]]) -> Iterator[EngineSetting
 
 
 def _smaller(case: Case, settings: EngineSettings, cache: int | None) -> Settled | None:
-    """Settings with less cache than `cache`, but enough for a request; by utilization, where that rules."""
+    """Settings with less cache than `cache`, but enough for a request; by utilization, where that rules.
+
+    None for what does not fit: more GPUs may take more host memory than there is.
+    """
     if cache is None:
         return settle(case, settings)
+    if case.hardware.gpus and not _host_fits(case, settings):
+        return None
     least = needed_cache_bytes(case, settings)
     less = _whole(int(cache * _LOWER_CACHE)) if case.allows("kv_cache_memory_bytes") else cache
     return _with_cache(case, settings, max(least, less))
