@@ -393,7 +393,11 @@ def test_old_gpus_have_no_bfloat16() -> None:
 def test_float16_is_not_planned_for_models_that_vllm_refuses_in_it() -> None:
     old = planned("gemma-2-9b", gpu(80, capability="7.0"))
     assert old.ladder[0].settings.dtype == "float32"
-    assert "vLLM refuses float16 for gemma2" in reason(old, "dtype")
+    assert "vLLM refuses float16 for gemma2, and bfloat16 needs compute capability 8.0" in reason(old, "dtype")
+    content = yaml.safe_load((ROOT / "config" / "tiers.yaml").read_text())
+    content["policies"]["auto"]["tiers"]["7B-to-13B"] = {"score_levers": ["dtype"]}
+    halved = Tiers.model_validate(content)
+    assert not planned("gemma-2-9b", gpu(24, capability="7.0"), tiers=halved).fits, "nor is bfloat16 a lever there"
     stored = facts("gemma-2-9b").model_copy(update={"checkpoint_dtype": "float16"})
     new = make_plan("r", "m", stored, [CHOICES], H100, TIERS, "auto", ASKED, 1234)
     assert new.ladder[0].settings.dtype == "bfloat16"

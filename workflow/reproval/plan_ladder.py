@@ -66,7 +66,7 @@ def _score_steps(case: Case, first: EngineSettings) -> Iterator[EngineSettings]:
         if lever == "kv_cache_dtype" and first.kv_cache_dtype == "auto" and case.hardware.gpus:
             current = current.model_copy(update={"kv_cache_dtype": "fp8"})
             yield current
-        if lever == "dtype" and first.dtype == "float32":
+        if lever == "dtype" and first.dtype == "float32" and not case.lacks_bfloat16:
             current = current.model_copy(update={"dtype": "bfloat16"})
             yield current
         if lever == "max_model_len":

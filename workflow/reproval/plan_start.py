@@ -75,6 +75,11 @@ class Case:
         """
         return round_up(self.work.longest_answer + _LEAST_CONTEXT, BLOCK_TOKENS) if self.work.longest_answer else 1
 
+    @property
+    def lacks_bfloat16(self) -> bool:
+        capability = self.hardware.compute_capability
+        return bool(self.hardware.gpus and capability and float(capability) < 8.0)
+
     def allows(self, lever: Lever) -> bool:
         return lever in self.policy.neutral_levers or lever in self.rule.score_levers
 
@@ -177,18 +182,16 @@ def _dtype(case: Case, asked: ModelConfig, reasons: Reasons, give: Any, by_polic
             give("dtype", stored, wanted, "asked for in the configuration" if asked.dtype != "auto" else by_policy)
         reasons.add("dtype", wanted, f"asked for; the checkpoint is {stored}")
         return wanted
-    old = case.hardware.compute_capability
-    no_bfloat16 = bool(case.hardware.gpus and old and float(old) < 8.0)
     dtype: Dtype = "bfloat16" if stored == "float32" else stored
     text = f"as the checkpoint, {stored}"
     if stored == "float32":
         text = "the checkpoint is float32, which vLLM loads in 16 bit unless asked otherwise"
-    if no_bfloat16 and dtype == "bfloat16":
+    if case.lacks_bfloat16 and dtype == "bfloat16":
         dtype = "float16"
-        text = f"bfloat16 needs compute capability 8.0, this GPU has {old}"
+        text = f"bfloat16 needs compute capability 8.0, this GPU has {case.hardware.compute_capability}"
     if dtype == "float16" and case.facts.model_type in _NO_FLOAT16:
-        dtype = "float32" if no_bfloat16 else "bfloat16"
-        text = f"vLLM refuses float16 for {case.facts.model_type}" + (f", and {text}" if no_bfloat16 else "")
+        refused = f"vLLM refuses float16 for {case.facts.model_type}"
+        dtype, text = ("float32", f"{refused}, and {text}") if case.lacks_bfloat16 else ("bfloat16", refused)
     if dtype != stored and stored != "float32":
         give("dtype", stored, dtype, text)
     reasons.add("dtype", dtype, text)
