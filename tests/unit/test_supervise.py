@@ -214,6 +214,53 @@ while True: event("progress", done=1, total=2); time.sleep(0.05)
     assert "the engine's process was killed" in str(outcome.message)
 
 
+def test_a_child_that_failed_and_does_not_exit_is_ended_and_told_by_its_traceback(lab: Lab) -> None:
+    code = """
+print('Traceback (most recent call last):\\n  File "x.py", line 1, in load_model', file=sys.stderr)
+print("torch.OutOfMemoryError: CUDA out of memory.", file=sys.stderr, flush=True)
+offspring()
+event("failed", message="RuntimeError: Engine core initialization failed.")
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+time.sleep(600)
+"""
+    begin = time.monotonic()
+    outcome = lab.run(code, Deadlines(after_death_s=0.3, grace_s=0.3, linger_s=0.1))
+    assert time.monotonic() - begin < 10
+    assert (outcome.finished, outcome.failure) == (False, "weights_too_big")
+    assert outcome.message == "torch.OutOfMemoryError: CUDA out of memory."
+    assert lab.left() == []
+
+
+def test_an_engine_that_fails_leaves_at_once_though_a_thread_of_it_would_stay(lab: Lab) -> None:
+    code = """
+import sys, threading, time
+from reproval import engine
+class OutOfMemoryError(Exception): pass
+def run(*_):
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    raise OutOfMemoryError("CUDA out of memory.")
+engine.run, engine.read_record = run, lambda *_: None
+sys.argv = ["engine", "task.json"]
+engine.main()
+"""
+    begin = time.monotonic()
+    outcome = run_child([sys.executable, "-c", code], lab.env, lab.log, lab.events.append)
+    assert time.monotonic() - begin < 20
+    assert (outcome.returncode, outcome.failure) == (1, "gpu_busy")  # by the phase: nothing was loaded yet
+    assert [event["event"] for event in lab.events] == ["failed"]
+    assert "Traceback (most recent call last)" in lab.log.read_text()
+    assert "line 7, in run" in lab.log.read_text()
+
+
+def test_the_parents_words_do_not_hide_what_the_log_names(lab: Lab) -> None:
+    code = """
+print("ValueError: Unrecognized quantization method: fp7", flush=True)
+event("failed", message="RuntimeError: Engine core initialization failed. See root cause above.")
+sys.exit(1)
+"""
+    assert lab.run(code).message == "ValueError: Unrecognized quantization method: fp7 (exit code 1)"
+
+
 def test_an_exception_in_the_caller_ends_the_child_first(lab: Lab) -> None:
     def fails(_: dict[str, Any]) -> None:
         raise RuntimeError("disk full")

@@ -13,10 +13,11 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import Field
 
@@ -352,12 +353,22 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     emit = event_stream()
-    run(read_record(options.task, ChildTask), options.task.parent, emit)
+    try:
+        run(read_record(options.task, ChildTask), options.task.parent, emit)
+    except BaseException as error:
+        # First, since writing to the log may fail as well, and its supervisor then still ends this process.
+        emit("failed", message=f"{type(error).__name__}: {error}".splitlines()[0])
+        traceback.print_exc()
+        leave(1)
     emit("done")
-    # Everything is on disk. What an engine's own shutdown may still wait for concerns nobody.
+    leave(0)
+
+
+def leave(code: int) -> NoReturn:
+    """End at once. What is finished is on disk, and an engine's own shutdown may wait for ever with the GPU held."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -99,6 +99,11 @@ def is_fatal(line: str) -> bool:
     return any(text in line for text in patterns().fatal)
 
 
+def is_ambiguous(line: str) -> bool:
+    """Whether a parent says here that a child of its own failed, and not why."""
+    return any(text in line for text in patterns().ambiguous)
+
+
 def message_of(line: str) -> str:
     """A line of the log without vLLM's prefix, at most 500 characters."""
     return _PREFIX.sub("", line.strip(), count=1)[:500]
@@ -129,7 +134,7 @@ def classify(
     last = _last_words(lines)
     if cgroup_oom:
         return "host_memory", "the kernel killed a process of this job for memory (oom_kill in its control group)"
-    if (killed or vanished) and (last is None or any(text in last for text in known.ambiguous)):
+    if (killed or vanished) and (last is None or is_ambiguous(last)):
         who = "the child was" if killed else "the engine's process was"
         return "host_memory", f"{who} killed without a traceback, as the kernel does when the host's memory ends"
     if signal in (signals.SIGTERM, signals.SIGINT, signals.SIGHUP):
@@ -155,7 +160,7 @@ def _cause(lines: list[str], phase: Phase) -> tuple[FailureClass, str] | None:
         if _TRACEBACK in line:
             frame = None
         frame = next((candidate.failure for candidate in known.frames if candidate(line)), frame)
-        if cause is not None and any(text in line for text in known.ambiguous):
+        if cause is not None and is_ambiguous(line):
             continue
         if any(text in line for text in known.out_of_memory):
             # The frames tell more than how far the log had come; without them it may be the collapse after the cause.
@@ -174,7 +179,7 @@ def _last_words(lines: list[str]) -> str | None:
     """The last exception that a process wrote at its end, one that names something before one that does not."""
     written = [message_of(line) for line in lines]
     exceptions = [line for line in written if _EXCEPTION.match(line)]
-    clear = [line for line in exceptions if not any(text in line for text in patterns().ambiguous)]
+    clear = [line for line in exceptions if not is_ambiguous(line)]
     return next(iter((clear or exceptions)[-1:]), None)
 
 

@@ -44,7 +44,8 @@ class Deadlines:
 
     after_done_s: float = 30.0  # from its `done` to its end; stock lm_eval was seen not to exit on a GPU
     grace_s: float = 20.0  # from SIGTERM to SIGKILL; below Slurm's KillWait, which is 30 s unless a site changed it
-    after_death_s: float = 30.0  # from the log's word that the engine is dead; vLLM 0.32 then may wait for it for ever
+    # From its `failed`, or from the log's word that the engine is dead: vLLM 0.32 then may wait for it for ever.
+    after_death_s: float = 30.0
     linger_s: float = 2.0  # what its own children get to end by themselves after it
     idle_s: float | None = None  # with neither a line of log nor an event
     total_s: float | None = None
@@ -81,9 +82,10 @@ def run_child(
     """Run `argv` with the environment `env` to its end, and leave nothing of it behind.
 
     The child's output is appended to `log_path`. It finds the number of a file descriptor in REPROVAL_EVENTS_FD and
-    writes its events there, one JSON object a line, each with a key `event`: `phase` (phase), `unit_started` (unit),
-    `progress`, `unit_done`, `engine`, `done`, `failed` (message). `on_event` is called with each of them, in this
-    thread; if it raises, the child is ended and the exception goes on. Lines that are no events are passed over.
+    writes its events there, one JSON object a line, each with a key `event`: `phase` (phase), `unit_started`
+    (unit), `progress`, `unit_done`, `engine`, `done`, `failed` (message; its traceback is in the log). `on_event`
+    is called with each of them, in this thread; if it raises, the child is ended and the exception goes on. Lines
+    that are no events are passed over.
 
     SIGTERM, SIGINT and SIGHUP to this process, if this is its main thread, are answered by SIGTERM to the child and all
     that it started and, after `deadlines.grace_s` or a second signal, by SIGKILL; the outcome is then `interrupted`.
@@ -116,7 +118,7 @@ class _Run:
         }
         self.phase: Phase = "start"
         self.done = False
-        self.dead_at: float | None = None  # when the log said that the engine is dead
+        self.dead_at: float | None = None  # when the child, or the log, said that the engine is dead
         self.failed_message: str | None = None
         self.exit_code: int | None = None  # as subprocess gives it: negative for a signal
         self.refused: str | None = None
@@ -235,7 +237,9 @@ class _Run:
             self.done = True
             self._enter("end", sampler)
         elif name == "failed":
-            self.failed_message = str(event.get("message", ""))
+            self.failed_message = failures.message_of(str(event.get("message", "")))
+            if self.dead_at is None:
+                self.dead_at = time.monotonic()
         self.on_event(event)
 
     def _enter(self, phase: Phase, sampler: memory.Sampler, name: str | None = None) -> None:
@@ -274,7 +278,7 @@ class _Run:
                     self.ended_for = f"did not exit within {limits.after_done_s:g} s after its last task, and was ended"
             elif self.dead_at is not None:
                 if now - self.dead_at > limits.after_death_s:
-                    self.ended_for = f"its engine had died {limits.after_death_s:g} s before"
+                    self.ended_for = f"had failed {limits.after_death_s:g} s before"
             elif limits.total_s is not None and now - started > limits.total_s:
                 self.ended_for = f"took longer than {limits.total_s:g} s"
             elif limits.idle_s is not None and now - alive > limits.idle_s:
@@ -332,9 +336,11 @@ class _Run:
             else:
                 failure, message = failures.classify(tail.lines(), returncode, signal_number, oom, self.phase)
             if failure == "not_memory":
-                message = self.failed_message or message
-                if code == 0:
-                    message = self.failed_message or "ended with exit code 0 before it had done its tasks"
+                # A parent's exception repeats that its engine failed; the log may name why.
+                if self.failed_message and not failures.is_ambiguous(self.failed_message):
+                    message = self.failed_message
+                elif code == 0:
+                    message = "ended with exit code 0 before it had done its tasks"
                 elif code is None:
                     message = "its guardian process was killed"
         gpu_peaks = [peak.gpu_peak_bytes for peak in phases if peak.gpu_peak_bytes is not None]
