@@ -100,6 +100,12 @@ TEXTS: list[tuple[str, FailureClass]] = [
         "ValueError: Cannot auto-fit max_model_len: not enough GPU memory available to serve even a single token.",
         "kv_below_one_request",
     ),
+    (
+        "ValueError: max_num_seqs (256) exceeds available Mamba cache blocks (97). Each decode sequence requires one "
+        "Mamba cache block, so CUDA graph capture cannot proceed. Please lower max_num_seqs to at most 97 or increase "
+        "gpu_memory_utilization.",
+        "graph_capture",
+    ),
     ("RuntimeError: [enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory", "host_memory"),
     ("OSError: [Errno 12] Cannot allocate memory", "host_memory"),
     ("MemoryError", "host_memory"),
@@ -247,7 +253,7 @@ def test_a_message_is_the_line_without_its_prefix(line: str) -> None:
 def test_every_class_of_memory_has_an_answer() -> None:
     known = patterns()
     named = {cause.failure for cause in known.causes + known.frames} | set(known.out_of_memory_by_phase.values())
-    assert named - {"not_memory"} <= set(known.answers)
+    assert named - {"not_memory", "gpu_busy"} <= set(known.answers)
 
 
 # --- what vLLM 0.32.0 wrote (real runs; paths shortened). gpu_*: an H200, by tests/gpu/ladder_bench.py ----------------

@@ -101,6 +101,12 @@ def test_the_next_job_asks_for_more_gpus_only_if_memory_of_the_gpu_was_what_fail
     assert resources.gpus(LADDER, [failed(LADDER, 1, "interrupted", "interrupted")]) == 1
 
 
+def test_a_gpu_that_a_neighbour_holds_is_no_reason_to_ask_for_more() -> None:
+    made = plan(rung(gpu_memory_utilization=0.9), rung(2, gpu_memory_utilization=0.8))
+    assert resources.gpus(made, [failed(made, 0, "gpu_busy")]) == 1
+    assert resources.gpus(made, [failed(made, 0)]) == 2
+
+
 def test_a_job_that_was_interrupted_on_more_gpus_gets_them_again() -> None:
     history = [failed(LADDER, 1), failed(LADDER, 2, "interrupted", "interrupted")]
     assert resources.gpus(LADDER, history) == 2

@@ -532,6 +532,30 @@ def test_an_eager_rung_that_fails_like_graph_capture_is_answered_as_running() ->
     assert Script("graph_capture").climb(rungs) == ([0, 2], True)
 
 
+@pytest.mark.parametrize(
+    "helps",
+    [
+        {"kv_cache_memory_bytes": 2**31},
+        {"max_model_len": 2048},
+        {"kv_cache_dtype": "fp8"},
+        {"tensor_parallel_size": 2},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_cache_of_given_size_that_is_too_small_is_not_answered_by_what_frees_memory(helps: dict[str, Any]) -> None:
+    rungs = ladder(
+        {"kv_cache_memory_bytes": 2**30},
+        {"max_num_seqs": 64, "kv_cache_memory_bytes": 2**29},
+        {"max_num_batched_tokens": 2048},
+        {"enforce_eager": True},
+        {"quantization": "fp8"},
+        helps,
+    )
+    assert Script("kv_below_one_request").climb(rungs, first=1) == ([1, 6], True)
+    assert Script("kv_below_one_request").climb(rungs[:6], first=1) == ([1], False)
+    assert Script("no_kv_room").climb(rungs, first=1) == ([1, 2], True)
+
+
 def test_on_a_cpu_machine_host_memory_is_the_engines_own() -> None:
     assert Script("host_memory", "host_memory").climb(LADDER) == ([0, 1], False)
     assert Script("host_memory", "host_memory").climb(LADDER, on_cpu=True) == ([0, 1, 2], True)

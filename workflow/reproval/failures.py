@@ -188,6 +188,8 @@ def answers(failure: FailureClass, failed: EngineSettings, rung: EngineSettings,
     name: str = failure
     if failure == "host_memory" and on_cpu:
         name = "host_memory_on_cpu"
+    if failure == "kv_below_one_request" and failed.kv_cache_memory_bytes is not None:
+        name = "kv_below_one_request_of_given_cache"
     if failure == "graph_capture" and failed.enforce_eager:
         name = "running"  # There were no graphs: memory ended while the engine warmed up.
     return any(
