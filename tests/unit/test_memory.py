@@ -271,6 +271,25 @@ def test_gpu_memory_stands_in_the_trace_and_the_peaks(nvml: Nvml) -> None:
     assert [set(series) for series in sampler.trace.gpu_bytes] == [{1000}, {2000}]
 
 
+def test_a_driver_that_fails_meanwhile_ends_only_the_sampling_of_gpus(
+    nvml: Nvml, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object, **__: object) -> SimpleNamespace:
+        raise NvmlError("GPU is lost")
+
+    # The sampler thread and the supervisor itself (`enter`) both ask the driver.
+    sampler = Sampler(os.getpid(), memory.Gpus(2, {}))
+    take(sampler, 3)
+    monkeypatch.setattr(nvml, "nvmlDeviceGetMemoryInfo", fails)
+    sampler.enter("weights")
+    sampler.enter("tasks")
+    take(sampler, 2)
+    peaks = {peak.phase: peak.gpu_peak_bytes for peak in sampler.stop()}
+    assert peaks == {"start": 2000, "weights": None, "tasks": None}
+    assert capsys.readouterr().err == "GPU memory is no longer sampled: GPU is lost\n"
+    assert set(sampler.trace.gpu_bytes[0]) == {1000}
+
+
 def test_who_holds_a_gpu_is_told(nvml: Nvml) -> None:
     (holder,) = memory.gpu_holders(2, {})
     assert holder.startswith(f"GPU 1: pid {os.getpid()} (")

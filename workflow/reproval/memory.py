@@ -238,7 +238,7 @@ class Sampler:
     """Samples the processes below `root`, and the GPUs, in a thread of this process every `interval_s` until `stop`.
 
     `root` itself is not counted. Resident memory is summed over the processes, so pages that several of them share,
-    such as libraries, count once for each.
+    such as libraries, count once for each. When NVML fails, the trace ends, and later peaks are of host memory alone.
     """
 
     def __init__(self, root: int, gpus: Gpus | None = None, interval_s: float = 0.03, phase: str = "start") -> None:
@@ -282,12 +282,8 @@ class Sampler:
     def _run(self) -> None:
         due = time.monotonic()
         while not self._stopped.is_set():
-            try:
-                with self._lock:
-                    self._sample()
-            except Exception as error:  # A driver that fails meanwhile must not end the evaluation.
-                print(f"memory is no longer sampled: {error}", file=sys.stderr, flush=True)
-                return
+            with self._lock:
+                self._sample()
             # A late sample is not made up for: two at once would say nothing new.
             due = max(due + self._interval_s, time.monotonic())
             self._stopped.wait(due - time.monotonic())
@@ -303,13 +299,25 @@ class Sampler:
             spent = time.thread_time() - spent
             self._next_scan = now + min(max(_SCAN_S[0], spent / _SCAN_SHARE), _SCAN_S[1])
         host = sum(_resident_bytes(pid) for pid in self._pids)
-        gpus = self._gpus.used_bytes() if self._gpus else ()
+        gpus = self._gpu_bytes()
         self.samples += 1
         peak = self._peak
         peak.host = max(peak.host, host)
         if gpus:
             peak.gpu = max(peak.gpu or 0, *gpus)
-        self.trace._append(round(now - self._begin, 3), -(-host // MIB) * MIB, gpus, peak.phase)
+        if len(gpus) == len(self.trace.gpu_bytes):
+            self.trace._append(round(now - self._begin, 3), -(-host // MIB) * MIB, gpus, peak.phase)
+
+    def _gpu_bytes(self) -> tuple[int, ...]:
+        """Memory in use on each GPU; nothing from the first failure of the driver on, which ends no evaluation."""
+        if self._gpus is None:
+            return ()
+        try:
+            return self._gpus.used_bytes()
+        except Exception as error:
+            self._gpus = None
+            print(f"GPU memory is no longer sampled: {error}", file=sys.stderr, flush=True)
+            return ()
 
 
 def _resident_bytes(pid: int) -> int:
