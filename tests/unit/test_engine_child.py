@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from examples import engine_settings, run_file
 
-from reproval import engine, evaluate
+from reproval import engine, evaluate, provenance
 
 # Cut from what lm-eval 0.4.13 returned for a group of two tasks.
 RESULTS = {
@@ -48,6 +48,24 @@ def test_no_secret_reaches_the_child() -> None:
     assert not {"HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY"} & set(child)
     assert child["HF_HUB_OFFLINE"] == "1"
     assert child["VLLM_BATCH_INVARIANT"] == "1"
+
+
+def test_variables_of_the_caller_that_change_what_runs_stand_in_the_provenance() -> None:
+    caller = {
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "VLLM_CACHE_ROOT": "/home/alice/cache",
+        "VLLM_TUNED_CONFIG_FOLDER": "/home/alice/tuned",
+        "VLLM_API_KEY": "x",
+        "PATH": "/bin",
+    }
+    child = evaluate.child_environment(caller, run_file(batch_invariant=True))
+    assert provenance.engine_variables(child) == {
+        "VLLM_BATCH_INVARIANT": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_TUNED_CONFIG_FOLDER": "a path",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+    }
+    assert "VLLM_API_KEY" not in provenance.engine_variables(caller)
 
 
 @pytest.mark.parametrize("name", ["gpu_memory_utilization", "kv_cache_memory_bytes"])

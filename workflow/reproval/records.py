@@ -411,6 +411,9 @@ class Provenance(Part):
     seeds: dict[str, int]
     batch_invariant: bool
     engine_arguments: dict[str, Any] = Field(description="As the engine had them, not as they were asked for.")
+    engine_variables: dict[str, str] = Field(
+        default={}, description="Variables VLLM_* that the engine had; of one that holds a path, only that it was set."
+    )
 
 
 class UnitResult(Record):
