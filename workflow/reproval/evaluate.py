@@ -53,6 +53,12 @@ def child_environment(parent: Mapping[str, str], run: RunFile) -> dict[str, str]
     return {name: value for name, value in parent.items() if not SECRET.search(name)} | environment(run)
 
 
+def deadlines(run: RunFile) -> supervise.Deadlines:
+    """How long the engine may take to end, and how long it may be silent if the configuration limits that."""
+    limit = run.silence_limit_h
+    return supervise.Deadlines(idle_s=None if limit is None else 3600 * limit)
+
+
 def gpus_here(gpus: int, visible: int, env: Mapping[str, str]) -> int:
     """Of a job's GPUs those on this node, which alone can be claimed and measured: on a Ray cluster not all."""
     return min(gpus, visible) if env.get("RAY_ADDRESS") else gpus
@@ -187,6 +193,7 @@ def _climb(job: Job, told: ProgressFile) -> Ended:
             job.log,
             progress.event,
             gpus=here,
+            deadlines=deadlines(run),
         )
         traces.append(outcome.trace)
         seen.append(numbered(supervise.attempt(rung, settings, outcome), job))

@@ -32,6 +32,7 @@ class RunFile(Record):
     environment: str = Field(description="Lock or image that the engine runs from, as in the run's identity.")
     store: str
     local_copy: str | None = None
+    silence_limit_h: float | None = None
 
 
 def run_file(run: Run, config: Config, environment: str) -> RunFile:
@@ -55,6 +56,7 @@ def run_file(run: Run, config: Config, environment: str) -> RunFile:
         environment=environment,
         store=config.store,
         local_copy=config.local_copy,
+        silence_limit_h=config.silence_limit_h,
     )
 
 

@@ -229,6 +229,12 @@ class Config(Section):
         description="Folder on the disk of the node, `$TMPDIR` or an absolute path: a job copies its model there, "
         "checks every byte, and removes it at its end. For a shared file system that many jobs read at once.",
     )
+    silence_limit_h: float | None = Field(
+        default=None,
+        gt=0,
+        description="End an engine that for so many hours logged nothing and finished no request, as one that hangs in "
+        "NCCL, a driver or a file system; default: the scheduler's time limit alone.",
+    )
     seed: int | None = Field(
         default=None,
         ge=0,

@@ -48,7 +48,6 @@ class Deadlines:
     after_death_s: float = 30.0
     linger_s: float = 2.0  # what its own children get to end by themselves after it
     idle_s: float | None = None  # with neither a line of log nor an event
-    total_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ class _Run:
                 os.close(fd)
             sampler = memory.Sampler(process.pid, nvml, self.interval_s)
             stack.callback(sampler.stop)
-            self._watch(selector, signals, events, status, tail, sampler, started)
+            self._watch(selector, signals, events, status, tail, sampler)
             while self._read_log(tail, sampler):
                 pass
             phases = sampler.stop()
@@ -181,7 +180,6 @@ class _Run:
         status: int,
         tail: _Tail,
         sampler: memory.Sampler,
-        started: float,
     ) -> None:
         """Follow the child until the guardian has nothing left to guard."""
         lines: dict[int, _Lines] = {}
@@ -189,7 +187,7 @@ class _Run:
             os.set_blocking(fd, False)
             selector.register(fd, selectors.EVENT_READ)
             lines[fd] = _Lines(fd)
-        alive = started
+        alive = time.monotonic()
         done_at: float | None = None
         guarded = True
         while guarded:
@@ -213,7 +211,7 @@ class _Run:
             now = time.monotonic()
             if self.done and done_at is None:
                 done_at = now
-            self._enforce(now, started, alive, done_at)
+            self._enforce(now, alive, done_at)
         if not lines[events].ended:
             for record in lines[events].read():
                 if isinstance(record.get("event"), str):
@@ -267,7 +265,7 @@ class _Run:
         elif now - self.interrupted_at > _SAME_REQUEST_S:
             self.kill_now = True
 
-    def _enforce(self, now: float, started: float, alive: float, done_at: float | None) -> None:
+    def _enforce(self, now: float, alive: float, done_at: float | None) -> None:
         """End the child if it is time to."""
         limits = self.deadlines
         if self.kill_at is None and self.exit_code is None:
@@ -279,8 +277,6 @@ class _Run:
             elif self.dead_at is not None:
                 if now - self.dead_at > limits.after_death_s:
                     self.ended_for = f"had failed {limits.after_death_s:g} s before"
-            elif limits.total_s is not None and now - started > limits.total_s:
-                self.ended_for = f"took longer than {limits.total_s:g} s"
             elif limits.idle_s is not None and now - alive > limits.idle_s:
                 self.ended_for = f"gave no sign of life for {limits.idle_s:g} s"
             if self.ended_for is not None:
