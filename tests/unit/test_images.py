@@ -148,6 +148,45 @@ def test_a_folder_behind_several_links_is_bound_at_each_of_them(tmp_path: Path) 
     binds(tmp_path / "work", tmp_path / "base", tmp_path / "store", [tmp_path / "work/turning"])
 
 
+def test_what_the_links_in_a_folder_of_the_configuration_lead_to_is_bound(tmp_path: Path) -> None:
+    """As in a snapshot of the Hub's cache, whose files are all links."""
+    hub = tmp_path / "disk/models--x"
+    for folder in ("work/tasks", "disk/models--x/blobs", "disk/models--x/snapshots/c0ffee", "shared/tasks"):
+        (tmp_path / folder).mkdir(parents=True)
+    (hub / "blobs/1a").write_text("{}")
+    (hub / "snapshots/c0ffee/config.json").symlink_to("../../blobs/1a")
+    (tmp_path / "cache").symlink_to("disk")
+    (tmp_path / "work/tasks/more").symlink_to(tmp_path / "shared/tasks")
+    asked = [tmp_path / "cache/models--x/snapshots/c0ffee", tmp_path / "work/tasks"]
+    bound = dict(binds(tmp_path / "work", tmp_path / "base", tmp_path / "store", asked))
+    for needed in (asked[0], hub / "snapshots/c0ffee", hub / "blobs", tmp_path / "shared/tasks"):
+        assert bound[needed] == "ro"
+
+
+def test_parts_of_the_store_may_lie_on_another_disk(tmp_path: Path) -> None:
+    store = tmp_path / "work/store"
+    store.mkdir(parents=True)
+    for name in ("models", "huggingface"):
+        (tmp_path / "disk" / name).mkdir(parents=True)
+        (store / name).symlink_to(tmp_path / "disk" / name)
+    folders = binds(tmp_path / "work", tmp_path / "base", store, [])
+    bound = dict(folders)
+    assert bound[tmp_path / "disk/models"] == bound[tmp_path / "disk/huggingface/hub"] == "ro"
+    assert bound[tmp_path / "disk/huggingface"] == "rw"
+    # What lies in another folder is bound after it, else that would lie upon it.
+    order = [path for path, _ in folders]
+    assert all(order.index(path) > order.index(above) for path in order for above in path.parents if above in bound)
+
+
+def test_a_path_that_leaves_the_working_directory_by_dots_is_bound(tmp_path: Path) -> None:
+    for name in ("work", "models/m", "far/away", "far/m"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "work/link").symlink_to(tmp_path / "far/away")
+    asked = [tmp_path / "work/../models/m", tmp_path / "work/link/../m"]
+    bound = dict(binds(tmp_path / "work", tmp_path / "base", tmp_path / "store", asked))
+    assert bound[tmp_path / "models/m"] == bound[tmp_path / "far/m"] == "ro"
+
+
 def test_an_sbom_of_another_image_is_none(tmp_path: Path) -> None:
     sif, published = tmp_path / "cpu.sif", tmp_path / "containers"
     image = Image("reproval-cpu", "sha256:1", "sha256:1", sif, "2" * 64, tmp_path / "cpu.json")

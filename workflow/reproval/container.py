@@ -140,17 +140,18 @@ def _bind(source: str, target: str, mode: str) -> list[str]:
 def binds(workdir: Path, base: Path, store: Path, folders: Iterable[Path]) -> list[tuple[Path, str]]:
     """Folders of the host and how they are bound, in the order in which one lies on the other.
 
-    The working directory for results and logs; the workflow and the folders that the configuration names, to be read;
-    the store as STORE_BINDS says.
+    The working directory for results and logs; the workflow, the folders that the configuration names and what links in
+    them lead to, to be read; the store as STORE_BINDS says, and where its own entries are links what they lead to.
     """
     found = dict.fromkeys(stations(workdir), "rw")
-    for folder in (base, *folders):
-        for path in stations(folder):
-            if not any(path.is_relative_to(known) for known in found):
-                found[path] = "ro"
-    for path in stations(store):
-        found |= {path / name: mode for name, mode in STORE_BINDS.items()}
-    return list(found.items())
+    named = list(folders)
+    for path in (*(path for folder in (base, *named) for path in stations(folder)), *behind_links(named)):
+        if not any(path.is_relative_to(known) for known in found):
+            found[path] = "ro"
+    linked = {path.name: "ro" for path in store.iterdir() if path.is_symlink()} if store.is_dir() else {}
+    for name, mode in (linked | STORE_BINDS).items():
+        found |= dict.fromkeys(stations(store / name), mode)
+    return sorted(found.items(), key=lambda bound: len(bound[0].parts))
 
 
 def stations(path: Path) -> list[Path]:
@@ -158,14 +159,29 @@ def stations(path: Path) -> list[Path]:
 
     /home/me/models may be a link to /data/models, and /data one to /lustre/data.
     """
-    found = [path.absolute()]
+    found = [Path(os.path.abspath(path))]  # noqa: PTH100
     while len(found) < MOST_LINKS:
         now = found[-1]
         link = next((part for part in (*reversed(now.parents), now) if part.is_symlink()), None)
         if link is None:
             break
         found.append(Path(os.path.abspath(link.parent / link.readlink())) / now.relative_to(link))  # noqa: PTH100
-    return found
+    # With .. behind a link the text of a path leads elsewhere than the kernel.
+    return list(dict.fromkeys([*found, Path(os.path.realpath(path))]))
+
+
+def behind_links(folders: Iterable[Path]) -> list[Path]:
+    """The folders that links inside these lead to: those themselves, and those that the linked files lie in.
+
+    All files of a snapshot in the Hub's cache are links to ../../blobs/. Hidden folders are passed over, as for hashes.
+    """
+    found: dict[Path, None] = {}
+    for root, below, files in (step for folder in folders for step in os.walk(folder)):
+        below[:] = [name for name in below if not name.startswith(".")]
+        for path in (Path(root, name) for name in (*below, *files)):
+            if path.is_symlink():
+                found |= dict.fromkeys(at if at.is_dir() else at.parent for at in stations(path)[1:])
+    return list(found)
 
 
 def _common(image: Image, gpus: int) -> list[str]:
