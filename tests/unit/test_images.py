@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from reproval.container import Image, arguments, binds, sbom
+from reproval.container import Image, ImageError, arguments, binds, sbom, stage
+from reproval.files import write_record
+from reproval.records import ImageManifest
+from reproval.store import of_manifest
 
 BASE = Path(__file__).parents[2]
 sys.path[:0] = [str(BASE / "envs"), str(BASE / "containers")]
@@ -185,6 +188,41 @@ def test_a_path_that_leaves_the_working_directory_by_dots_is_bound(tmp_path: Pat
     asked = [tmp_path / "work/../models/m", tmp_path / "work/link/../m"]
     bound = dict(binds(tmp_path / "work", tmp_path / "base", tmp_path / "store", asked))
     assert bound[tmp_path / "models/m"] == bound[tmp_path / "far/m"] == "ro"
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with an `apptainer` first on PATH that pulls what the file `image` there holds; without it, fails."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin/apptainer"
+    program.write_text(f'#!/bin/sh\n[ "$1" = --version ] || cp {tmp_path}/image "$3"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    (tmp_path / "image").write_text("an image")
+    return tmp_path
+
+
+def test_an_image_that_was_pulled_is_kept_without_a_registry_and_a_damaged_one_is_not(registry: Path) -> None:
+    digest = f"sha256:{'1' * 64}"
+    record = registry / "store/images/1.json"
+
+    def staged(record: Path) -> ImageManifest:
+        made = stage(f"docker://r/n@{digest}", record.with_suffix(".sif"), None, digest, record)
+        write_record(record, made)
+        return made
+
+    first = staged(record)
+    assert first.sif_sha256 == sha256(b"an image").hexdigest()
+    (registry / "image").rename(registry / "unreachable")
+    moved = (registry / "store").rename(registry / "moved") / "images/1.json"
+    assert staged(moved) == first
+    assert of_manifest(moved, registry / "moved") == []
+    moved.with_suffix(".sif").write_text("another")
+    with pytest.raises(ImageError, match="could not pull"):
+        staged(moved)
+    assert sorted(path.name for path in moved.parent.iterdir()) == ["1.json", "1.sif"]
+    (registry / "unreachable").rename(registry / "image")
+    assert staged(moved) == first
 
 
 def test_an_sbom_of_another_image_is_none(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,29 +224,23 @@ def runtime() -> str | None:
 # --- in `stage`: fetched once, hashed --------------------------------------------------------------------------------
 
 
-def stage(name: str, sif: Path, expected: str | None, digest: str | None) -> ImageManifest:
-    """Pull the image to `sif` unless it is a file that is there already; return what it is. Raises ImageError."""
+def stage(name: str, sif: Path, expected: str | None, digest: str | None, record: Path) -> ImageManifest:
+    """Return what the image at `sif` is, pulled unless it is a file. Raises ImageError.
+
+    What was pulled for `record` before is kept as long as that names its digest and its hash: an image asks for its
+    registry once, also after the project has moved.
+    """
     program = runtime()
     version = None
     if program is not None:
         version = subprocess.run([program, "--version"], capture_output=True, text=True).stdout.strip()
-    if "://" in name:
-        if program is None:
-            raise ImageError(f"{name}: neither apptainer nor singularity is on PATH, so it cannot be pulled")
-        sif.parent.mkdir(parents=True, exist_ok=True)
-        part = sif.with_suffix(".part.sif")
-        # The cache would keep a second copy in the home folder.
-        done = subprocess.run([program, "pull", "--force", "--disable-cache", str(part), name])
-        if done.returncode != 0:
-            part.unlink(missing_ok=True)
-            raise ImageError(
-                f"{name}: {program} could not pull it; run `snakemake stage --use-singularity` where the registry can"
-                " be reached, with APPTAINER_TMPDIR on a disk with room for the unpacked image"
-            )
-        part.replace(sif)
-    if not sif.is_file():
+    pulled = "://" in name
+    found = sha256_file(sif) if sif.is_file() else None
+    if pulled and (found is None or (digest, found) != _noted(record)):
+        _pull(name, sif, program)
+        found = sha256_file(sif)
+    if found is None:
         raise ImageError(f"{sif}: no such file; restore it, or build the image again")
-    found = sha256_file(sif)
     if expected is not None and found != expected:
         raise ImageError(
             f"{sif}: has SHA-256 {found}, and {expected} was named: it was replaced or damaged. Restore it, or name the"
@@ -254,11 +249,37 @@ def stage(name: str, sif: Path, expected: str | None, digest: str | None) -> Ima
     return ImageManifest(
         image=name,
         digest=digest,
-        sif=str(sif),
+        # The store may be copied to another path, or another machine.
+        sif=os.path.relpath(sif, record.parent) if pulled else str(sif),
         sif_sha256=found,
         sif_bytes=sif.stat().st_size,
         runtime=version,
     )
+
+
+def _noted(record: Path) -> tuple[str | None, str] | None:
+    """Digest and hash of what was staged before."""
+    try:
+        known = read_record(record, ImageManifest)
+    except RecordError:
+        return None
+    return known.digest, known.sif_sha256
+
+
+def _pull(name: str, sif: Path, program: str | None) -> None:
+    if program is None:
+        raise ImageError(f"{name}: neither apptainer nor singularity is on PATH, so it cannot be pulled")
+    sif.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own: projects that share a store may pull at once.
+    with tempfile.TemporaryDirectory(prefix=".pull-", dir=sif.parent) as folder:
+        part = Path(folder, sif.name)
+        # The cache would keep a second copy in the home folder.
+        if subprocess.run([program, "pull", "--disable-cache", str(part), name]).returncode != 0:
+            raise ImageError(
+                f"{name}: {program} could not pull it; run `snakemake stage --use-singularity` where the registry can"
+                " be reached, with APPTAINER_TMPDIR on a disk with room for the unpacked image"
+            )
+        part.replace(sif)
 
 
 # --- in the image ----------------------------------------------------------------------------------------------------
@@ -269,13 +290,17 @@ def network() -> str:
     return "off" if {name for _, name in socket.if_nameindex()} <= {"lo"} else "on"
 
 
-def checked_environment(manifest: ImageManifest) -> dict[str, str]:
-    """Variables that tell provenance.py where it runs. Raises ImageError unless the image that runs was staged."""
+def checked_environment(record: Path) -> dict[str, str]:
+    """Variables that tell provenance.py where it runs.
+
+    Raises ImageError unless the image that runs is the one that `record` says was staged, RecordError without that.
+    """
+    manifest = read_record(record, ImageManifest)
     found = os.environ.get("REPROVAL_SIF_SHA256")
     if found != manifest.sif_sha256:
         raise ImageError(
-            f"{manifest.sif}: has SHA-256 {found or '(unknown)'}, and {manifest.sif_sha256} was staged: it was replaced"
-            " or damaged. Remove it and run `snakemake stage --use-singularity` again"
+            f"{record.parent / manifest.sif}: has SHA-256 {found or '(unknown)'}, and {manifest.sif_sha256} was staged:"
+            f" it was replaced or damaged. Remove {record} and run `snakemake stage --use-singularity` again"
         )
     return {
         "REPROVAL_IMAGE": manifest.image,
@@ -299,11 +324,11 @@ def main() -> None:
     options = parser.parse_args()
     try:
         if options.command == "stage":
-            manifest = stage(options.image, options.sif, options.sif_sha256, options.digest)
+            manifest = stage(options.image, options.sif, options.sif_sha256, options.digest, options.out)
             write_record(options.out, manifest)
-            print(f"{manifest.sif}: {manifest.sif_bytes / 2**20:.0f} MiB, SHA-256 {manifest.sif_sha256}")
+            print(f"{options.sif}: {manifest.sif_bytes / 2**20:.0f} MiB, SHA-256 {manifest.sif_sha256}")
             return
-        variables = checked_environment(read_record(options.manifest, ImageManifest))
+        variables = checked_environment(options.manifest)
     except (ImageError, RecordError, OSError) as error:
         sys.exit(f"reproval container: {error}")
     os.execve(sys.executable, [sys.executable, *options.arguments], dict(os.environ) | variables)

@@ -68,7 +68,9 @@ class ImageManifest(Record):
     kind: Literal["image-manifest"] = "image-manifest"
     image: str = Field(description="As the configuration names it, or the name that containers/build gave it.")
     digest: str | None = Field(description="sha256:... of the OCI image; None for a .sif file of unknown origin.")
-    sif: str = Field(description="Path; relative to the record's folder if containers/build wrote it.")
+    sif: str = Field(
+        description="Path; relative to the record's folder unless it is a .sif file that the configuration names."
+    )
     sif_sha256: Sha256
     sif_bytes: int
     runtime: str | None = Field(description="Version of the program that pulled, built or hashed it.")

@@ -9,8 +9,9 @@ rule stage_image:
     input:
         [] if IMAGE.pulled else str(IMAGE.sif),
     output:
-        **({"sif": str(IMAGE.record.with_suffix(".sif"))} if IMAGE.pulled else {}),
-        record=str(IMAGE.record),
+        # Not the image, which Snakemake would remove before a registry is known to answer; and what is known of it stays
+        # to be compared with it.
+        record=update(str(IMAGE.record)),
     log:
         f"logs/stage/image-{IMAGE.record.stem}.log",
     container:
@@ -22,7 +23,7 @@ rule stage_image:
                 *(["--sif-sha256", IMAGE.sif_sha256] if IMAGE.sif_sha256 else []),
             ]
         ),
-        sif=str(IMAGE.sif),
     shell:
-        "controller -m reproval.container stage --image {IMAGE.name:q} --sif {params.sif:q} {params.known}"
+        # The path of the image is no parameter: a project that has moved need not stage again.
+        "controller -m reproval.container stage --image {IMAGE.name:q} --sif {IMAGE.sif:q} {params.known}"
         " --out {output.record:q} 2>&1 | tee {log:q}"
