@@ -35,7 +35,7 @@ import images
 import sandbox
 import sbom
 from images import BASE, DOCKERFILE, ENGINES, ImagesError
-from install import ENVS, LOCKS
+from install import ENVS, LOCKS, pip_settings
 
 from reproval.files import sha256_file, write_record
 from reproval.records import ImageManifest
@@ -72,17 +72,6 @@ def choose(asked: str | None) -> str:
 # --- what goes in ----------------------------------------------------------------------------------------------------
 
 
-def pip_settings() -> dict[str, str]:
-    """pip's own configuration on this machine, files and variables, by key."""
-    command = [sys.executable, "-m", "pip", "config", "list"]
-    python = BASE / ".env" / "uv" / "bin" / "python"
-    if python.exists():
-        command[0] = str(python)
-    listed = subprocess.run(command, capture_output=True, text=True).stdout
-    found = re.findall(r"^(?:global|install|:env:)\.([\w-]+)='(.*)'$", listed, flags=re.MULTILINE)
-    return {key: value.replace("\\n", " ") for key, value in found}
-
-
 def local_wheels(engine: str, settings: dict[str, str]) -> list[Path]:
     """Files in pip's local folders of links that a lock of the image names by their hash."""
     wanted = {
@@ -116,7 +105,8 @@ def secrets(folder: Path, settings: dict[str, str]) -> dict[str, Path]:
     if bundle and Path(bundle).exists():
         made["certificates"] = Path(bundle)
         kept["cert"] = "/etc/ssl/certs/ca-certificates.crt"
-    lines = [f"{key} = {value}" for key, value in kept.items() if value]
+    # pip lists several values of one setting with newlines between them.
+    lines = [f"{key} = {' '.join(value.split())}" for key, value in kept.items() if value]
     made["pip.conf"].write_text("\n".join(["[global]", *lines, ""]), encoding="utf-8")
     return made
 

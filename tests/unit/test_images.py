@@ -72,6 +72,15 @@ def test_only_wheels_that_a_lock_names_by_hash_are_taken_from_this_machine(tmp_p
     assert build.local_wheels("cpu", {"find-links": str(tmp_path)}) == []
 
 
+def test_the_build_is_lent_pips_settings_a_line_each_without_the_machines_folders(tmp_path: Path) -> None:
+    """pip lists several sources of one setting with newlines between them."""
+    settings = {"extra-index-url": "file:///here/simple\nhttps://mirror/simple", "trusted-host": "a\nb", "cert": "/c"}
+    lines = build.secrets(tmp_path, settings)["pip.conf"].read_text().splitlines()
+    assert {"extra-index-url = https://mirror/simple", "trusted-host = a b", "find-links = /wheels"} <= set(lines)
+    assert all(line == "[global]" or " = " in line for line in lines)
+    assert "cert = /c" not in lines
+
+
 def test_no_step_removes_what_a_shared_folder_may_hold() -> None:
     """Apptainer's own builds, and some of buildah's, lend the machine's /tmp to a step."""
     steps = sandbox.instructions(images.DOCKERFILE.read_text(encoding="utf-8"))
