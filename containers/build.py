@@ -114,8 +114,8 @@ def secrets(folder: Path, settings: dict[str, str]) -> dict[str, Path]:
 # --- building --------------------------------------------------------------------------------------------------------
 
 
-def bud(tool: str, engine: str, base: str, context: Path, mounted: dict[str, Path], archive: Path) -> None:
-    """Build with buildah, podman or docker, and write an archive that Apptainer and skopeo read."""
+def bud(tool: str, engine: str, base: str, context: Path, mounted: dict[str, Path], archive: Path) -> str:
+    """Build with buildah, podman or docker, and write an archive; return its kind and path, as Apptainer reads it."""
     name = f"localhost/reproval-{engine}:latest"
     arguments = [
         *("--build-arg", f"BASE_IMAGE={base}"),
@@ -132,13 +132,28 @@ def bud(tool: str, engine: str, base: str, context: Path, mounted: dict[str, Pat
         told = {"DOCKER_BUILDKIT": "1", "BUILDX_NO_DEFAULT_ATTESTATIONS": "1", "SOURCE_DATE_EPOCH": epoch}
         run(["docker", "build", *arguments], **told)
         run(["docker", "save", "--output", str(archive), name])
-        return
+        return saved_by_docker(archive)
     build = [tool, "bud"] if tool == "buildah" else [tool, "build", "--format", "oci"]
     # A layer of the tool's cache may bear the time of another build: its key leaves --timestamp out.
     run([*build, "--layers", "--no-cache", "--timestamp", str(images.epoch(engine)), *insecure, *arguments])
     # The fastest compression: a .sif has its own, and gzip's own speed decides here. Older podmans cannot be told.
     fast = ["--compression-level", "1"] if tool == "buildah" else []
     run([tool, "push", "--compression-format", "gzip", *fast, name, f"oci-archive:{archive}:latest"])
+    return f"oci-archive:{archive}"
+
+
+def saved_by_docker(archive: Path) -> str:
+    """Kind and path of what docker has saved. Before version 25 that is no OCI archive; skopeo makes one of it."""
+    if archive_digest(archive) is not None:
+        return f"docker-archive:{archive}"
+    if shutil.which("skopeo") is None:
+        print("saved in docker's own format, which is not published: that takes docker 25 or skopeo")
+        return f"docker-archive:{archive}"
+    saved = archive.with_suffix(".docker.tar")
+    archive.replace(saved)
+    run(["skopeo", "copy", f"docker-archive:{saved}", f"oci-archive:{archive}:latest"])
+    saved.unlink()
+    return f"oci-archive:{archive}"
 
 
 @contextmanager
@@ -198,6 +213,11 @@ def mebibytes(path: Path) -> str:
     return f"{path.stat().st_size / 2**20:.0f} MiB"
 
 
+def sizes(*built: Path) -> dict[str, str]:
+    """Sizes of the archive and the .sif, as images.yaml names them."""
+    return {"sif" if path.suffix == ".sif" else "archive": mebibytes(path) for path in built if path.exists()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", choices=ENGINES)
@@ -228,22 +248,18 @@ def main() -> int:
             tree = opened.enter_context(sandboxed(engine, base, context, mounted, folder))
             source, described = str(tree), f"dir:{tree}"
         else:
-            bud(tool, engine, base, context, mounted, archive)
-            source = described = f"{'docker' if tool == 'docker' else 'oci'}-archive:{archive}"
+            source = described = bud(tool, engine, base, context, mounted, archive)
         digest = archive_digest(archive)
         if not options.no_sif:
             to_sif(source, engine, part)
         identity = digest or (sha256_file(part) if part.exists() else "unknown")
         kinds = sbom.describe(described, f"reproval-{engine}", identity, OUT / f"{engine}.cdx.json")
         print(f"{engine}.cdx.json: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()))
-    built = {"date": datetime.now(UTC).date().isoformat(), "base": base, "tool": tool, "digest": digest}
-    if archive.exists():
-        built["archive"] = mebibytes(archive)
+    today = datetime.now(UTC).date().isoformat()
     for size, step in layers(archive)[:5] if digest else []:
         print(f"layer {size / 2**20:7.0f} MiB  {' '.join(step.split())[:90]}")
     if not options.no_sif:
         part.replace(sif)
-        built["sif"] = mebibytes(sif)
         version = subprocess.run(["apptainer", "--version"], capture_output=True, text=True).stdout.strip()
         manifest = ImageManifest(
             image=f"reproval-{engine}",
@@ -252,13 +268,16 @@ def main() -> int:
             sif_sha256=sha256_file(sif),
             sif_bytes=sif.stat().st_size,
             runtime=version,
-            built_from=images.inputs(engine) | {"base": base, "tool": tool},
+            built_from=images.inputs(engine) | {"base": base, "tool": tool, "date": today},
         )
         write_record(OUT / f"{engine}.json", manifest)
         print(f"{sif}: {mebibytes(sif)}, SHA-256 {manifest.sif_sha256}")
     if options.record:
         record = images.renewed(images.read(), engine)
-        images.write(record | {engine: record[engine] | {"built": built}})
+        built = {"date": today, "base": base, "tool": tool, "digest": digest}
+        # With --no-sif a .sif that is there is another build's.
+        measured = sizes(archive, *([] if options.no_sif else [sif]))
+        images.write(record | {engine: record[engine] | {"built": built | measured}})
     print(f"built in {time.monotonic() - began:.0f} s" + (f": {digest}" if digest else ""))
     return 0
 

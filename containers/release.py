@@ -5,7 +5,7 @@
         --insecure       a registry without TLS, on loopback for a rehearsal
         --key FILE       key for cosign, where cosign is there; else `apptainer sign` signs the .sif with the caller's
                          own PGP key, if there is one
-        --out FOLDER     where the SBOM and images.yaml are written; default: containers/
+        --out FOLDER     where the SBOM and images.yaml are written; default: containers/, for the pinned base alone
 
 Needs skopeo, which pushes the very bytes that were built. Prints the reference for `container:` as its last line.
 """
@@ -28,8 +28,6 @@ from reproval.records import ImageManifest
 
 def push(archive: Path, name: str, insecure: bool) -> str:
     """Push the OCI archive as it is, and return the digest that the registry has. Raises ImagesError."""
-    if shutil.which("skopeo") is None:
-        raise ImagesError("skopeo is not on PATH: apt install skopeo; buildah and docker compress again as they push")
     target = f"docker://{name}:{images.epoch(archive.name.partition('.')[0])}"
     flags = ["--dest-tls-verify=false"] if insecure else []
     build.run(["skopeo", "copy", "--preserve-digests", *flags, f"oci-archive:{archive}", target])
@@ -71,6 +69,14 @@ def is_built(engine: str, base: str) -> bool:
         return False
 
 
+def built(engine: str) -> dict[str, str | None]:
+    """What images.yaml says of the build in .env/images/."""
+    archive, sif = build.OUT / f"{engine}.oci.tar", build.OUT / f"{engine}.sif"
+    made = read_record(build.OUT / f"{engine}.json", ImageManifest)
+    origin = {key: (made.built_from or {}).get(key) for key in ("date", "base", "tool")}
+    return origin | {"digest": made.digest} | build.sizes(archive, sif)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", choices=ENGINES)
@@ -78,24 +84,32 @@ def main() -> int:
     parser.add_argument("--base")
     parser.add_argument("--insecure", action="store_true")
     parser.add_argument("--key")
-    parser.add_argument("--out", type=Path, default=CONTAINERS)
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if "@" in options.name or ":" in options.name.rpartition("/")[2]:
         raise ImagesError(f"{options.name}: without tag and digest, as REGISTRY/NAME")
     engine, archive = options.engine, build.OUT / f"{options.engine}.oci.tar"
-    base = options.base or images.pinned_base(engine)
+    pinned = images.pinned_base(engine)
+    base, out = options.base or pinned, options.out or CONTAINERS
+    if base != pinned and options.out is None:
+        raise ImagesError(
+            f"--base {base}: containers/images.yaml would name it as built on {pinned};"
+            " give --out FOLDER for a rehearsal, or leave --base out"
+        )
+    if shutil.which("skopeo") is None:
+        raise ImagesError("skopeo is not on PATH: apt install skopeo; buildah and docker compress again as they push")
     if not is_built(engine, base):
         build.run([sys.executable, str(CONTAINERS / "build.py"), engine, "--base", base])
     digest = push(archive, options.name, options.insecure)
-    listed = options.out / f"{engine}.cdx.json"
+    listed = out / f"{engine}.cdx.json"
     shutil.copyfile(build.OUT / listed.name, listed)
     print(f"{listed}: what is in it")
     signed = sign(f"{options.name}@{digest}", options.key, build.OUT / f"{engine}.sif", options.insecure)
     print(f"signed: {signed}")
     reference = f"docker://{options.name}@{digest}"
     record = images.renewed(images.read(), engine)
-    target = options.out / images.RECORD.name
-    images.write(record | {engine: record[engine] | {"published": reference}}, target)
+    target = out / images.RECORD.name
+    images.write(record | {engine: record[engine] | {"built": built(engine), "published": reference}}, target)
     print(f"{target}: {engine}.published; in a configuration:\n\ncontainer:\n  image: {reference}\n")
     print(reference)
     return 0

@@ -12,6 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import yaml
 
 from reproval.container import Image, ImageError, arguments, binds, sbom, stage
 from reproval.files import write_record
@@ -25,6 +26,7 @@ import build  # noqa: E402
 import compare  # noqa: E402
 import images  # noqa: E402
 import install  # noqa: E402
+import release  # noqa: E402
 import sandbox  # noqa: E402
 
 
@@ -57,6 +59,70 @@ def test_bases_are_named_by_digest_and_a_published_image_must_be() -> None:
     record = images.read()
     tagged = record | {"gpu": record["gpu"] | {"published": "docker://registry.example/reproval:latest"}}
     assert any("by digest" in problem for problem in images.problems(tagged))
+
+
+@pytest.fixture
+def released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as containers/ and .env/images/ at once, with a build of the CPU image; nothing is pushed."""
+    digest = f"sha256:{'1' * 64}"
+    origin = images.inputs("cpu") | {"tool": "buildah", "date": "2026-01-02"}
+    made = ImageManifest(
+        image="reproval-cpu",
+        digest=digest,
+        sif="cpu.sif",
+        sif_sha256="2" * 64,
+        sif_bytes=1,
+        runtime=None,
+        built_from=origin,
+    )
+    write_record(tmp_path / "cpu.json", made)
+    for name in ("cpu.sif", "cpu.oci.tar"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "listed").mkdir()
+    (tmp_path / "cpu.cdx.json").write_text("{}")
+    monkeypatch.setattr(build, "OUT", tmp_path)
+    monkeypatch.setattr(release, "CONTAINERS", tmp_path / "listed")
+    monkeypatch.setattr(release, "is_built", lambda *_: True)
+    monkeypatch.setattr(release, "push", lambda *_: digest)
+    monkeypatch.setattr(release, "sign", lambda *_: "none")
+    monkeypatch.setattr(shutil, "which", str)
+    return tmp_path / "listed"
+
+
+def test_a_release_records_the_build_that_it_publishes(released: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["release", "cpu", "registry.example/cpu"])
+    release.main()
+    recorded = yaml.safe_load((released / "images.yaml").read_text())["cpu"]
+    assert recorded["built"] == {
+        "date": "2026-01-02",
+        "base": images.pinned_base("cpu"),
+        "tool": "buildah",
+        "digest": recorded["published"].partition("@")[2],
+        "archive": "0 MiB",
+        "sif": "0 MiB",
+    }
+
+
+def test_an_image_on_another_base_is_not_recorded_as_published(released: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = f"127.0.0.1:5000/base@sha256:{'3' * 64}"
+    monkeypatch.setattr(sys, "argv", ["release", "cpu", "127.0.0.1:5000/cpu", "--base", stand_in])
+    with pytest.raises(images.ImagesError, match="--out"):
+        release.main()
+    assert list(released.iterdir()) == []
+
+
+@pytest.mark.skipif(shutil.which("skopeo") is None, reason="needs skopeo: apt install skopeo")
+def test_what_an_older_docker_has_saved_becomes_an_oci_archive(tmp_path: Path) -> None:
+    saved, layer = tmp_path / "cpu.oci.tar", packed({"etc/a": (b"a", 1)})
+    diff = f"sha256:{sha256(layer).hexdigest()}"
+    config = {"architecture": "amd64", "os": "linux", "config": {}, "rootfs": {"type": "layers", "diff_ids": [diff]}}
+    listed = [{"Config": "c.json", "RepoTags": ["localhost/reproval-cpu:latest"], "Layers": ["l/layer.tar"]}]
+    files = {"manifest.json": json.dumps(listed).encode(), "c.json": json.dumps(config).encode(), "l/layer.tar": layer}
+    saved.write_bytes(packed({name: (content, 0) for name, content in files.items()}))
+    assert build.archive_digest(saved) is None
+    assert build.saved_by_docker(saved) == f"oci-archive:{saved}"
+    assert (build.archive_digest(saved) or "").startswith("sha256:")
+    assert list(tmp_path.iterdir()) == [saved]
 
 
 def test_labels_name_lock_base_and_the_versions_that_decide_scores() -> None:
@@ -251,27 +317,29 @@ def test_an_sbom_of_another_image_is_none(tmp_path: Path) -> None:
     assert sbom(image, published) == tmp_path / "cpu.cdx.json"
 
 
+def packed(members: dict[str, tuple[bytes, int]]) -> bytes:
+    """A tar of files given as name -> (content, time)."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as made:
+        for name, (content, time) in members.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(content), time
+            made.addfile(info, io.BytesIO(content))
+    return stream.getvalue()
+
+
 def archive(path: Path, files: dict[str, tuple[bytes, int]]) -> Path:
     """An OCI archive of one layer, of files given as name -> (content, time)."""
-
-    def tar(members: dict[str, tuple[bytes, int]]) -> bytes:
-        packed = io.BytesIO()
-        with tarfile.open(fileobj=packed, mode="w") as made:
-            for name, (content, time) in members.items():
-                info = tarfile.TarInfo(name)
-                info.size, info.mtime = len(content), time
-                made.addfile(info, io.BytesIO(content))
-        return packed.getvalue()
 
     def digest(content: bytes) -> str:
         return f"sha256:{sha256(content).hexdigest()}"
 
-    layer = tar(files)
+    layer = packed(files)
     config = json.dumps({"history": [{"created_by": "RUN x"}], "rootfs": {"diff_ids": [digest(layer)]}}).encode()
     manifest = json.dumps({"config": {"digest": digest(config)}, "layers": [{"digest": digest(layer)}]}).encode()
     index = json.dumps({"manifests": [{"digest": digest(manifest)}]}).encode()
     blobs = {f"blobs/{digest(blob).replace(':', '/')}": (blob, 0) for blob in (layer, config, manifest)}
-    path.write_bytes(tar(blobs | {"index.json": (index, 0)}))
+    path.write_bytes(packed(blobs | {"index.json": (index, 0)}))
     return path
 
 
