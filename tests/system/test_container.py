@@ -88,7 +88,7 @@ def thin(lab: Lab, project: Path) -> tuple[str, str]:
     return f"oras://127.0.0.1:{lab.port}/reproval@{lab.digest('reproval', 'thin')}", binds
 
 
-def configure(folder: Path, container: dict[str, str], **more: str) -> None:
+def configure(folder: Path, container: dict[str, str], **more: Any) -> None:
     config = {
         "models": {"smollm2": {"path": "models/SmolLM2-135M-Instruct", "dtype": "bfloat16"}},
         "suites": {"core": {"include_path": "tasks", "tasks": ["probe"]}},
@@ -236,6 +236,32 @@ def test_a_job_reads_a_copy_on_its_node_and_removes_it(
     (log,) = (folder / "logs/evaluate").glob("*.log")
     assert f"load model {scratch}/reproval-models-" in log.read_text()
     assert not [path for path in scratch.rglob("*") if path.is_file() and path.stat().st_size]
+
+
+def test_what_links_and_dots_lead_to_is_there_and_the_network_where_it_is_asked_for(
+    tmp_path: Path, lab: Lab, project: Path, thin: tuple[str, str]
+) -> None:
+    """A snapshot of the Hub's cache beside the project, and parts of the store on another disk."""
+    blobs, snapshot = (tmp_path / "hub/models--x" / name for name in ("blobs", "snapshots/c0ffee"))
+    for made in (blobs, snapshot, tmp_path / "project/resources"):
+        made.mkdir(parents=True)
+    for number, path in enumerate(sorted(DEMO_MODEL.iterdir())):
+        if path.is_file():
+            shutil.copyfile(path, blobs / str(number))
+            (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    folder = tmp_path / "project"
+    (folder / "tasks").symlink_to(project / "tasks")
+    for name in ("models", "huggingface"):
+        (tmp_path / "disk" / name).mkdir(parents=True)
+        (folder / "resources" / name).symlink_to(tmp_path / "disk" / name)
+    path = "../hub/models--x/snapshots/c0ffee"
+    configure(folder, {"image": thin[0]}, models={"smollm2": {"path": path, "dtype": "bfloat16"}})
+    finished = snakemake(lab, folder, f"{thin[1]} --net=false --network=")
+    assert finished.returncode == 0, finished.stdout
+    assert provenance(folder)["container"]["network"] == "on"
+    # Read-only behind the links as well.
+    writable = seen(folder, "engine")["writable"]
+    assert (writable["models"], writable["hub"], writable["cache"]) == (False, False, True)
 
 
 def test_a_sif_with_another_hash_than_named_is_refused(
