@@ -226,11 +226,14 @@ def test_a_job_reads_a_copy_on_its_node_and_removes_it(
     tmp_path: Path, lab: Lab, project: Path, thin: tuple[str, str]
 ) -> None:
     scratch, folder = tmp_path / "scratch", tmp_path / "project"
-    scratch.mkdir()
     folder.mkdir()
     for name in ("models", "tasks"):
         (folder / name).symlink_to(project / name)
     configure(folder, {"image": thin[0]}, local_copy=str(scratch))
+    # As on a head node, which lacks that folder.
+    staged = snakemake(lab, folder, thin[1], "--", "stage")
+    assert staged.returncode == 0, staged.stdout
+    scratch.mkdir()
     finished = snakemake(lab, folder, thin[1])
     assert finished.returncode == 0, finished.stdout
     (log,) = (folder / "logs/evaluate").glob("*.log")

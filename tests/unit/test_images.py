@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 import sys
 import tarfile
 from hashlib import sha256
@@ -263,6 +264,24 @@ def test_a_path_that_leaves_the_working_directory_by_dots_is_bound(tmp_path: Pat
     asked = [tmp_path / "work/../models/m", tmp_path / "work/link/../m"]
     bound = dict(binds(tmp_path / "work", tmp_path / "base", tmp_path / "store", asked))
     assert bound[tmp_path / "models/m"] == bound[tmp_path / "far/m"] == "ro"
+
+
+def words(text: str, **variables: str) -> list[str]:
+    """What bash makes of arguments."""
+    bash = ["/bin/bash", "-euo", "pipefail", "-c", f"printf '%s\\n' {text}"]
+    done = subprocess.run(bash, capture_output=True, text=True, check=True, env={"PATH": "/usr/bin:/bin"} | variables)
+    return done.stdout.splitlines()
+
+
+def test_the_folder_for_copies_is_bound_where_it_exists(tmp_path: Path) -> None:
+    sif, scratch = tmp_path / "gpu.sif", tmp_path / "scratch of mine"
+    image = Image("reproval-gpu", "sha256:1", "sha256:1", sif, "2" * 64, tmp_path / "gpu.json")
+    sif.write_bytes(b"")
+    asked = arguments(image, 0, [], str(scratch))
+    assert str(scratch) not in words(asked)
+    scratch.mkdir()
+    found = words(asked)
+    assert found[found.index(str(scratch)) - 1] == "--bind"
 
 
 @pytest.fixture

@@ -199,11 +199,19 @@ def _common(image: Image, gpus: int) -> list[str]:
     ]
 
 
-def arguments(image: Image, gpus: int, folders: list[tuple[Path, str]]) -> str:
-    """Arguments for `apptainer exec` in all jobs that Snakemake starts in the image. Text for bash."""
+def arguments(image: Image, gpus: int, folders: list[tuple[Path, str]], local_copy: str | None = None) -> str:
+    """Arguments for `apptainer exec` in all jobs that Snakemake starts in the image. Text for bash.
+
+    `local_copy` is as the configuration has it.
+    """
     passed = [f'${{{name}+--env "{name}=${name}"}}' for name in PASSED_ON]
     emptied = [f"--env {name}=" for proxy in PROXIES for name in (proxy, proxy.lower())]
     bound = [word for path, mode in folders for word in _bind(shlex.quote(str(path)), shlex.quote(str(path)), mode)]
+    # $TMPDIR is the container's own /tmp. Another folder lies on the node, where Snakemake need not have started. Where
+    # it is missing nothing is bound, as Apptainer would refuse to start.
+    if local_copy and local_copy.startswith("/"):
+        here = shlex.quote(local_copy)
+        bound += ["--bind", f'"$([ -d {here} ] && echo {here})"']
     return " ".join(["--cleanenv", "--net --network none", *_common(image, gpus), *passed, *emptied, *bound])
 
 

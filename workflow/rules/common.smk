@@ -208,14 +208,11 @@ if IMAGE:
             ),
         ],
     )
-    # $TMPDIR is the container's own /tmp. Another folder lies on the node, where Snakemake need not have started.
-    if CONFIG.local_copy and CONFIG.local_copy.startswith("/"):
-        bound.append((Path(CONFIG.local_copy), "rw"))
     # Apptainer does not make what it is to bind.
     for name in containers.STORE_BINDS:
         Path(STORE, name).mkdir(parents=True, exist_ok=True)
     given = workflow.deployment_settings.apptainer_args
-    made = containers.arguments(IMAGE, CONFIG.hardware.gpus, bound)
+    made = containers.arguments(IMAGE, CONFIG.hardware.gpus, bound, CONFIG.local_copy)
     # A job on another node is a Snakemake of its own, which has been given them already.
     if not given.startswith(made):
         workflow.deployment_settings.apptainer_args = f"{made} {given}".strip()
