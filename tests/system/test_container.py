@@ -104,6 +104,9 @@ def snakemake(lab: Lab, folder: Path, binds: str, *arguments: str, **more: str) 
         "PYTHONPATH": "/of/the/caller",
         "https_proxy": "http://user:password@127.0.0.1:9",
         "NO_PROXY": "127.0.0.1",
+        "HF_DATASETS_CACHE": "/of/the/caller/datasets",
+        "HF_HUB_CACHE": "/of/the/caller/hub",
+        "REQUESTS_CA_BUNDLE": "/of/the/caller/missing.pem",
     }
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(BASE / "Snakefile"), "--cores", "2"]
     command += ["--configfile", "config.yaml", "--use-singularity", f"--singularity-args={binds}", *arguments]
@@ -181,6 +184,11 @@ def test_stage_has_the_network_the_token_and_the_proxy(done: Path) -> None:
     assert inside["interfaces"] == [name for _, name in socket.if_nameindex()]
     assert inside["environment"]["HF_TOKEN"] == "hf_of_the_caller"
     assert inside["environment"]["https_proxy"]
+    # Nor are the caller's caches taken for the store, or a file that is not there for certificates.
+    caches = done.resolve() / "resources/huggingface"
+    assert inside["environment"]["HF_DATASETS_CACHE"] == str(caches / "datasets")
+    assert inside["environment"]["HF_HUB_CACHE"] == str(caches / "hub")
+    assert "REQUESTS_CA_BUNDLE" not in inside["environment"]
     assert inside["writable"]["hub"]
 
 

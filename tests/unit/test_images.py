@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from reproval.container import Image, ImageError, arguments, binds, sbom, stage
+from reproval.container import Image, ImageError, arguments, binds, online_command, sbom, stage
 from reproval.files import write_record
 from reproval.records import ImageManifest
 from reproval.store import of_manifest
@@ -282,6 +282,27 @@ def test_the_folder_for_copies_is_bound_where_it_exists(tmp_path: Path) -> None:
     scratch.mkdir()
     found = words(asked)
     assert found[found.index(str(scratch)) - 1] == "--bind"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_stage_takes_the_callers_certificates_along_if_they_are_there(there: bool, tmp_path: Path) -> None:
+    sif, mine, program = tmp_path / "gpu.sif", tmp_path / "my certificates.pem", tmp_path / "apptainer"
+    image = Image("reproval-gpu", "sha256:1", "sha256:1", sif, "2" * 64, tmp_path / "gpu.json")
+    sif.write_bytes(b"")
+    if there:
+        mine.write_text("")
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@" "${SSL_CERT_FILE-none}"\n')
+    program.chmod(0o755)
+    # As the rules call it: a function, with bash's strict settings.
+    command = (
+        f'set -euo pipefail; online_engine() {{ {online_command(image, [], "")} "$@"; }}; online_engine -m x | cat'
+    )
+    variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SSL_CERT_FILE": str(mine)}
+    done = subprocess.run(["/bin/bash", "-c", command], capture_output=True, text=True, check=True, env=variables)
+    *given, seen = done.stdout.splitlines()
+    assert given[-3:] == ["python3", "-m", "x"]
+    assert seen == (str(mine) if there else "none")
+    assert (f"{mine}:{mine}:ro" in given) == there
 
 
 @pytest.fixture

@@ -41,6 +41,8 @@ PASSED_ON = (
 
 # Apptainer lets these through --cleanenv. A proxy's URL may hold a password, and no job may use one.
 PROXIES = ("ALL_PROXY", "FTP_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+# Files of a site's own certificate authority, for those who reach the Hub through its proxy.
+CERTIFICATES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 # Folders of the store and how a job sees them. Caches are written by engine and tokenizer, and the data sets' cache is
 # locked even to be read; models, the Hub's files, images and manifests can only be read.
 STORE_BINDS = {"": "ro", "cache": "rw", "huggingface": "rw", "huggingface/hub": "ro"}
@@ -216,12 +218,15 @@ def arguments(image: Image, gpus: int, folders: list[tuple[Path, str]], local_co
 
 
 def online_command(image: Image, folders: list[tuple[Path, str]], given: str) -> str:
-    """The command that runs the image's Python for `stage`: with the network, the caller's variables (proxies, a
-    token) and a store that can be written. `given` is what the user passes on to Apptainer. Text for bash.
+    """The command that runs the image's Python for `stage`: with the network, the caller's variables (proxies, a token,
+    certificates) and a store that can be written. `given` is what the user passes on to Apptainer. Text for bash.
     """
+    # A variable that names no file makes every connection fail.
+    dropped = f'for name in {" ".join(CERTIFICATES)}; do [ -f "${{!name-}}" ] || unset "$name"; done; '
+    lent = [f'${{{name}:+--bind "${name}:${name}:ro"}}' for name in CERTIFICATES]
     bound = [word for path, _ in folders for word in _bind(shlex.quote(str(path)), shlex.quote(str(path)), "rw")]
-    words = ['exec --home "$PWD"', *_common(image, 0), *bound, given, shlex.quote(str(image.sif)), "python3"]
-    return f"{runtime() or 'apptainer'} " + " ".join(words)
+    words = ['exec --home "$PWD"', *_common(image, 0), *lent, *bound, given, shlex.quote(str(image.sif)), "python3"]
+    return f"{dropped}{runtime() or 'apptainer'} " + " ".join(words)
 
 
 def runtime() -> str | None:

@@ -170,6 +170,7 @@ LISTS = {
 # Caches follow HOME unless told, and HOME is the working directory in a container: keep them all in the store. No user
 # site-packages, no code from the caller's PYTHONPATH or from the working directory.
 CACHE = Path(STORE).resolve() / "cache"
+HUGGINGFACE = Path(STORE).resolve() / "huggingface"
 JOB_ENVIRONMENT = {
     "PYTHONPATH": BASE / "workflow",
     "PYTHONNOUSERSITE": 1,
@@ -177,7 +178,12 @@ JOB_ENVIRONMENT = {
     "REPROVAL_GIT": provenance.git_note(),
     "REPROVAL_SNAPSHOT": SNAPSHOT,
     **{f"REPROVAL_{name.upper()}": path for name, path in LISTS.items()},
-    "HF_HOME": Path(STORE).resolve() / "huggingface",
+    "HF_HOME": HUGGINGFACE,
+    # What the caller has set of these would win over HF_HOME.
+    "HF_HUB_CACHE": HUGGINGFACE / "hub",
+    "HF_DATASETS_CACHE": HUGGINGFACE / "datasets",
+    "HF_MODULES_CACHE": HUGGINGFACE / "modules",
+    "HF_XET_CACHE": HUGGINGFACE / "xet",
     "XDG_CACHE_HOME": CACHE,
     "VLLM_CACHE_ROOT": CACHE / "vllm",
     "TRITON_CACHE_DIR": CACHE / "triton",
