@@ -230,6 +230,23 @@ def test_an_image_that_was_replaced_is_not_run(done: Path, lab: Lab, thin: tuple
     assert "was replaced or damaged" in refused.stdout
 
 
+def test_a_moved_project_keeps_its_image_without_the_registry(
+    tmp_path: Path, done: Path, lab: Lab, thin: tuple[str, str]
+) -> None:
+    moved = shutil.copytree(done, tmp_path / "moved", symlinks=True)
+    (record,) = (path.relative_to(moved) for path in moved.glob("resources/images/*.json"))
+    lab.run(LAB / "registry", "stop")
+    try:
+        planned = snakemake(lab, moved, thin[1], "-n", "--", "stage")
+        forced = snakemake(lab, moved, thin[1], "--forcerun", "stage_image", "--", str(record))
+    finally:
+        lab.run(LAB / "registry", "start")
+    assert planned.returncode == 0, planned.stdout
+    assert "rule stage_image" not in planned.stdout
+    assert forced.returncode == 0, forced.stdout
+    assert (moved / record).with_suffix(".sif").is_file()
+
+
 def test_a_job_reads_a_copy_on_its_node_and_removes_it(
     tmp_path: Path, lab: Lab, project: Path, thin: tuple[str, str]
 ) -> None:
