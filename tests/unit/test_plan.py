@@ -341,7 +341,7 @@ def test_cache_bytes_of_a_token() -> None:
 def test_states_and_attention_share_blocks_of_one_size(
     name: str, mib: float, tokens: int, states: int, attention: int
 ) -> None:
-    """The sizes are those of vLLM's own get_kv_cache_groups for these shapes."""
+    """Of the first two the sizes are those that vLLM's own grouping gives for these shapes."""
     chosen = stock(8192)
     pool = state_pool(facts(name), chosen)
     assert pool is not None
