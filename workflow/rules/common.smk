@@ -29,6 +29,20 @@ if "evaluate" in SET_RESOURCES:
     )
     workflow.resource_settings.overwrite_resources = SET_RESOURCES
 
+
+def asked_of_slurm(wildcards):
+    """GPU type and partition of the node's job, as the profile has them."""
+    set_here = SET_RESOURCES.get("doctor_node") or {}
+    by_default = workflow.resource_settings.default_resources or {}
+    words = []
+    for option, name in (("--gpu-model", "gpu_model"), ("--partition", "slurm_partition")):
+        found = set_here.get(name) or by_default.get(name)
+        # Text of a profile has no value outside of a job, and may be quoted twice.
+        if text := str(getattr(found, "raw", found) or "").strip("'\""):
+            words += [option, text]
+    return shlex.join(words)
+
+
 try:
     CONFIGFILES = workflow.config_settings.configfiles or workflow.configfiles
     ASKED = reference.configure(config, BASE, Path.cwd())
