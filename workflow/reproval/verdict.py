@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -58,6 +58,22 @@ class Evidence:
     margin: float
     method: str
     scale: Scale = "difference"
+
+
+def _evidence(compared: statistics.Comparison, p_equivalence: float, margin: float) -> Evidence:
+    """What a comparison of the samples says, with the p-value of their equivalence."""
+    return Evidence(
+        compared.n,
+        compared.effect,
+        compared.low,
+        compared.high,
+        p_equivalence,
+        compared.p_value,
+        compared.detectable,
+        margin,
+        compared.method,
+        compared.scale,
+    )
 
 
 def decide(table: Sequence[Evidence | None], alpha: float = ALPHA) -> list[Verdict]:
@@ -165,17 +181,7 @@ def paired_binary(ours: Floats, theirs: Floats, margin: float, alpha: float = AL
     # By symmetry the upper test is the lower one with the sides exchanged; the larger of both has fewer in its favour.
     p_equivalence = not_inferior(min(b, c), max(b, c), n, float(margin))
     low, high = tango_interval(b, c, n)
-    return Evidence(
-        n,
-        compared.effect,
-        low,
-        high,
-        p_equivalence,
-        compared.p_value,
-        compared.detectable,
-        margin,
-        "paired proportions, exact",
-    )
+    return _evidence(replace(compared, low=low, high=high, method="paired proportions, exact"), p_equivalence, margin)
 
 
 # --- paired means --------------------------------------------------------------------------------------------------
@@ -238,17 +244,7 @@ def paired_means(ours: Floats, theirs: Floats, margin: float, alpha: float = ALP
         p_equivalence = 1.0
     else:
         p_equivalence = tost_t(compared.effect, float(d.std(ddof=1)) / math.sqrt(n), margin, n - 1)
-    return Evidence(
-        n,
-        compared.effect,
-        compared.low,
-        compared.high,
-        p_equivalence,
-        compared.p_value,
-        compared.detectable,
-        margin,
-        compared.method,
-    )
+    return _evidence(compared, p_equivalence, margin)
 
 
 def paired_log_likelihoods(
@@ -269,21 +265,9 @@ def paired_log_likelihoods(
     p_equivalence = 1.0
     if compared.low is not None and not too_few_changed(d):
         p_equivalence = tost_t(nats, statistics.ratio_stderr(d, weights), limit, n - 1)
-    detectable = compared.detectable
-    if detectable is not None and scale == "ratio":
-        detectable -= 1
-    return Evidence(
-        n,
-        compared.effect,
-        compared.low,
-        compared.high,
-        p_equivalence,
-        compared.p_value,
-        detectable,
-        margin,
-        compared.method,
-        scale,
-    )
+    if compared.detectable is not None and scale == "ratio":
+        compared = replace(compared, detectable=compared.detectable - 1)
+    return _evidence(compared, p_equivalence, margin)
 
 
 def paired_strata(
@@ -314,17 +298,7 @@ def paired_strata(
     else:
         variances = [w * w * float(d.var(ddof=1)) / d.size for w, d in zip(weights, differences, strict=True)]
         p_equivalence = tost_t(compared.effect, math.sqrt(sum(variances)), margin, math.inf)
-    return Evidence(
-        n,
-        compared.effect,
-        compared.low,
-        compared.high,
-        p_equivalence,
-        compared.p_value,
-        compared.detectable,
-        margin,
-        compared.method,
-    )
+    return _evidence(compared, p_equivalence, margin)
 
 
 # --- against a published value -------------------------------------------------------------------------------------
