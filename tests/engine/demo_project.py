@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pytest
 import yaml
 
 from reproval import keep
@@ -16,6 +20,9 @@ from reproval.records import EngineSettings, Facts, Hardware, MemoryPrediction, 
 from reproval.run_file import RunFile
 from reproval.settings import ModelConfig, Run, TaskSettings, Unit
 from reproval.task_facts import encoder, unit_facts
+
+if TYPE_CHECKING:
+    from reproval.scoring import ReprovalVLLM
 
 BASE = Path(__file__).resolve().parents[2]
 MODEL = BASE / "resources/demo/SmolLM2-135M-Instruct"
@@ -31,6 +38,28 @@ SETTINGS = EngineSettings(
     enforce_eager=True,
     submit_batch=16,
 )
+
+
+@contextmanager
+def started(**more: Any) -> Iterator[ReprovalVLLM]:
+    """An engine with the demo's model and SETTINGS, in this process; what it holds is given back."""
+    pytest.importorskip("vllm", reason="vLLM is not installed here")
+    if not (MODEL / "config.json").exists():
+        pytest.skip("needs the demo's model: make model")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TORCH_COMPILE_DISABLE"):
+            patch.setenv(name, "1")
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        from reproval.engine import settings_arguments
+        from reproval.scoring import ReprovalVLLM
+
+        lm = ReprovalVLLM(str(MODEL), **({"submit_batch": SETTINGS.submit_batch} | settings_arguments(SETTINGS) | more))
+        yield lm
+        del lm.model
+        gc.collect()
+        cleanup_dist_env_and_memory()
 
 
 def own_tasks(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import gzip
 import json
 import math
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from demo_project import MODEL, NAME, SETTINGS, Project, own_tasks
+from demo_project import MODEL, NAME, SETTINGS, Project, own_tasks, started
 
 from reproval import keep
 from reproval.engine import ChildTask, ShardTask, answer_unit, evaluate_unit
@@ -34,24 +33,8 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[ReprovalVLLM]:
-    pytest.importorskip("vllm", reason="vLLM is not installed here")
-    if not (MODEL / "config.json").exists():
-        pytest.skip("needs the demo's model: make model")
-    patch = pytest.MonkeyPatch()
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TORCH_COMPILE_DISABLE"):
-        patch.setenv(name, "1")
-    patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    from reproval.engine import settings_arguments
-    from reproval.scoring import ReprovalVLLM
-
-    lm = ReprovalVLLM(str(MODEL), submit_batch=SETTINGS.submit_batch, **settings_arguments(SETTINGS))
-    yield lm
-    del lm.model
-    gc.collect()
-    cleanup_dist_env_and_memory()
-    patch.undo()
+    with started() as lm:
+        yield lm
 
 
 MADE_WITH = collect(None, {}, False, {})

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from demo_project import MODEL, SETTINGS
+from demo_project import started
 
 if TYPE_CHECKING:
     from reproval.scoring import ReprovalVLLM
@@ -16,23 +15,9 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[ReprovalVLLM]:
-    pytest.importorskip("vllm", reason="vLLM is not installed here")
-    if not (MODEL / "config.json").exists():
-        pytest.skip("needs the demo's model: make model")
-    for name in ("HF_HUB_OFFLINE", "TORCH_COMPILE_DISABLE"):
-        monkeypatch.setenv(name, "1")
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    from reproval.engine import settings_arguments
-    from reproval.scoring import ReprovalVLLM
-
-    lm = ReprovalVLLM(str(MODEL), enable_prefix_caching=False, **settings_arguments(SETTINGS))
-    yield lm
-    del lm.model
-    gc.collect()
-    cleanup_dist_env_and_memory()
+def model() -> Iterator[ReprovalVLLM]:
+    with started(enable_prefix_caching=False, submit_batch=2048) as lm:
+        yield lm
 
 
 def test_requests_run_together_and_equal_stock(model: ReprovalVLLM, monkeypatch: pytest.MonkeyPatch) -> None:
