@@ -528,3 +528,11 @@ def test_generation_keys_are_settings_of_a_task() -> None:
     assert "generation" in TaskEntry.model_fields
     accepted = Generation(until=["a"], temperature=0.5, top_k=3, do_sample=True).model_dump(exclude_none=True)
     assert TaskEntry(task="x", generation=accepted).generation == accepted
+
+
+def test_documented_commands_part_the_target_from_the_configuration() -> None:
+    """Snakemake takes every word after --configfile for a file, up to the next option."""
+    swallowed = re.compile(r"--configfile \S+ (?!\s*#|-)\w+")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        commands = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("    ")]
+        assert [line for line in commands if swallowed.search(line)] == [], path.name
