@@ -4,8 +4,9 @@
 
 Evaluation jobs of the demo's suite, and of MMLU 5-shot where --mmlu names it: as planned; with small batches; killed by
 SIGKILL once half of its requests are done, and started again; and, to compare, without batch-invariant mode at the two
-batch settings. Printed: which scores and samples differ. Exit code 1 if any differ in batch-invariant mode. `--cpu`
-rehearses on the CPU engine, which has no such mode: there the exit code means nothing.
+batch settings. They run side by side on the one GPU, which a small model leaves room for. Printed: which scores and
+samples differ. Exit code 1 if any differ in batch-invariant mode. `--cpu` rehearses on the CPU engine, which has no
+such mode: there the exit code means nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +79,47 @@ def differing(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
     return [name for name in left.keys() | right.keys() if left.get(name) != right.get(name)]
 
 
+def kill_and_finish(options: argparse.Namespace, run: Path, into: Path) -> int:
+    """How many requests were kept when the job was killed; it is finished then."""
+    facts = json.loads((run / "facts.json").read_text(encoding="utf-8"))
+    kept = kill_half_way(options, run, into, sum(task["requests"] for task in facts["tasks"]))
+    finish(options, run, into, as_planned)
+    return kept
+
+
+def compared(options: argparse.Namespace, folder: Path, suites: dict[str, Any], invariant: bool) -> bool:
+    """Run the jobs of one mode side by side, and print what differs; whether anything does."""
+    folder.mkdir()
+    run = jobs.planned(options, folder, suites, batch_invariant=invariant and not options.cpu)
+    with ThreadPoolExecutor() as pool:
+        ended = [
+            pool.submit(finish, options, run, folder / "planned", as_planned),
+            pool.submit(finish, options, run, folder / "small", smaller),
+        ]
+        kept = pool.submit(kill_and_finish, options, run, folder / "killed").result() if invariant else None
+        for job in ended:
+            job.result()
+    whole = outcome(folder / "planned")
+    others = {"small batches": outcome(folder / "small")}
+    if kept is not None:
+        others[f"killed with {kept} requests kept"] = outcome(folder / "killed")
+    found = {name: differing(whole, other) for name, other in others.items()}
+    for name, names in found.items():
+        scores = [each for each in names if " sample " not in each]
+        print(
+            f"batch invariant {invariant}: {name}: of {len(whole)} scores and samples {len(names)} differ, "
+            f"{len(scores)} of them scores {scores[:4]}",
+            flush=True,
+        )
+    return any(found.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     jobs.add_arguments(parser)
     parser.add_argument("--mmlu", type=Path, help="folder with test/ and dev/ of JSON lines")
     parser.add_argument("--questions", type=int, default=30, help="of each subject of MMLU")
     options = parser.parse_args()
-    failed = False
     with tempfile.TemporaryDirectory(prefix="batch-invariant-") as temporary:
         suites = jobs.demo()
         if options.mmlu:
@@ -92,29 +128,13 @@ def main() -> None:
             local_mmlu.write(tasks, options.mmlu.resolve())
             suites["mmlu"] = {"include_path": str(tasks), "tasks": [local_mmlu.GROUP], "num_fewshot": 5}
             suites["mmlu"]["limit"] = options.questions
-        for mode in (True, False):
-            folder = Path(temporary) / str(mode)
-            folder.mkdir()
-            run = jobs.planned(options, folder, suites, batch_invariant=mode and not options.cpu)
-            facts = json.loads((run / "facts.json").read_text(encoding="utf-8"))
-            finish(options, run, folder / "planned", as_planned)
-            whole = outcome(folder / "planned")
-            finish(options, run, folder / "small", smaller)
-            others = {"small batches": outcome(folder / "small")}
-            if mode:
-                total = sum(task["requests"] for task in facts["tasks"])
-                kept = kill_half_way(options, run, folder / "killed", total)
-                finish(options, run, folder / "killed", as_planned)
-                others[f"killed after {kept} of {total} requests"] = outcome(folder / "killed")
-            for name, other in others.items():
-                names = differing(whole, other)
-                scores = [each for each in names if " sample " not in each]
-                print(
-                    f"batch invariant {mode}: {name}: of {len(whole)} scores and samples {len(names)} differ, "
-                    f"{len(scores)} of them scores {scores[:4]}",
-                    flush=True,
-                )
-                failed |= mode and bool(names)
+        with ThreadPoolExecutor() as pool:
+            modes = {
+                mode: pool.submit(compared, options, Path(temporary) / str(mode), suites, mode)
+                for mode in (True, False)
+            }
+            failed = modes[True].result()
+            modes[False].result()
     sys.exit(failed)
 
 

@@ -2,10 +2,11 @@
 
     python tests/gpu/ladder_bench.py --model FOLDER --gpu-memory-gib 79.6 --logs logs/
 
-The demo's suite is planned by the workflow; each case then puts a first rung with one bad setting before the planned
-one, and may start a neighbour that takes the GPU's memory at a moment of the engine's log. The evaluation job runs on
-that plan as it would on any other. Printed for each case: the classes of the failed attempts, the rungs, and whether
-the job ended with all its results. Logs of the failed attempts go to --logs. `--cpu` rehearses what needs no neighbour.
+The demo's suite and some long texts are planned by the workflow; each case then puts a first rung with one bad setting
+before the planned one, and may start a neighbour that takes the GPU's memory at a moment of the engine's log. The
+evaluation job runs on that plan as it would on any other. Printed for each case: the classes of the failed attempts,
+the rungs, and whether the job ended with all its results. Logs of the failed attempts go to --logs. `--cpu` rehearses
+what needs no neighbour.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import jobs
+import yaml
 
 MIB, GIB = 2**20, 2**30
 NEIGHBOUR = """
@@ -37,12 +39,13 @@ print("ready", flush=True)
 sys.stdin.readline()
 end = time.monotonic() + seconds
 while time.monotonic() < end:
-    free = torch.cuda.mem_get_info()[0]
-    if free > leave + 2**24:
+    size = torch.cuda.mem_get_info()[0] - leave
+    while size > 2**24:
         try:
-            held.append(torch.empty(free - leave, dtype=torch.uint8, device="cuda"))
+            held.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+            break
         except torch.OutOfMemoryError:
-            pass
+            size //= 2
     time.sleep(0.005)
 """
 
@@ -71,14 +74,36 @@ CASES = {
     "gpu_busy": Case("gpu_busy", {"gpu_memory_utilization": 0.9}, (), 20 * GIB, 45.0),
     "weights_too_big": Case(
         "weights_too_big",
-        {"gpu_memory_utilization": 0.001, "kv_cache_memory_bytes": GIB},
+        # What is left is enough for the check at the start and for the runner's own buffers.
+        {"gpu_memory_utilization": 0.001, "kv_cache_memory_bytes": GIB, "max_num_seqs": 16},
         ("Using V2 Model Runner",),
+        160 * MIB,
         then={"quantization": "fp8"},
     ),
     "graph_capture": Case("graph_capture", {"enforce_eager": False}, ("KV cache size:", "Capturing CUDA graphs")),
-    # A small profile run leaves the allocator little, so that the rows of the first long prompt need new memory.
-    "running": Case("running", {"max_num_batched_tokens": 256, "max_num_seqs": 16}, ("init engine (profile",)),
+    # Rows of a long prompt are memory that the profile run did not take, and it leaves the allocator little.
+    "running": Case("running", {"max_num_batched_tokens": 2048, "max_num_seqs": 16}, ("init engine (profile",)),
 }
+
+
+def long_texts(folder: Path) -> dict[str, Any]:
+    """A suite of one task, whose perplexity is of texts of some thousand tokens."""
+    folder.mkdir()
+    rows = [{"text": " ".join(str(n) for n in range(start, start + 1000))} for start in range(0, 8000, 1000)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    task = {
+        "task": "long_texts",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "texts.jsonl")}},
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "word_perplexity"}],
+        "metadata": {"version": 1.0},
+    }
+    (folder / "long_texts.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    return {"include_path": str(folder), "tasks": ["long_texts"]}
 
 
 def provoked(plan: dict[str, Any], case: Case) -> None:
@@ -170,7 +195,8 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory(prefix="ladder-") as temporary:
         folder = Path(temporary)
-        run = jobs.planned(options, folder, jobs.demo("demo_opposites", "demo_prose"))
+        suites = jobs.demo("demo_opposites", "demo_prose") | {"long": long_texts(folder / "tasks")}
+        run = jobs.planned(options, folder, suites)
         for name in options.cases.split(","):
             row = attempt(name, CASES[name], run, folder / "provoked" / name, options)
             rows.append(row)

@@ -49,7 +49,7 @@ def work(options: argparse.Namespace) -> list[TaskFacts]:
         common = {"suite": "bench", "unit": task, "task": task, "task_hash": "0" * 64, "unique_prefix_tokens": 0}
         return TaskFacts(**(common | fields))
 
-    n, long, m = options.requests, options.tokens, options.generations
+    n, long, m = options.requests * options.times, options.tokens, options.generations * options.times
     return [
         facts(
             "loglikelihood",
@@ -233,6 +233,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=8000, help="of one loglikelihood request")
     parser.add_argument("--generations", type=int, default=128)
+    parser.add_argument(
+        "--times", type=int, default=1, help="plan for so many times the work that is run: whether graphs pay"
+    )
     parser.add_argument("--memory-gib", type=float, default=79.6)
     parser.add_argument("--limit", type=float, default=150, help="seconds for one case")
     parser.add_argument("--cpu", action="store_true", help="the CPU engine, to rehearse")
