@@ -5,15 +5,22 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from demo_project import own_tasks
 
 from reproval import engine
+from reproval.facts import make_facts
+from reproval.records import Facts, Hardware
+from reproval.run_file import RunFile
 from reproval.seeds import seeds
-from reproval.settings import TaskSettings, Unit
+from reproval.settings import ModelConfig, Run, TaskSettings, Unit
+from reproval.stage import stage_model
 from reproval.task_facts import encoder, unit_facts
 from reproval.tasks import UnknownTask, chat_arguments, manager
 
@@ -137,3 +144,149 @@ def test_the_same_samples_make_the_same_file(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "a.gz", "rt") as stream:
         lines = [json.loads(line) for line in stream]
     assert [(line["task"], line["doc_id"]) for line in lines] == [("t", 0), ("t", 1)]
+
+
+# --- counts that are kept ------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """A project of two models that share a tokenizer and of tasks of its own; `tokenized` are the texts so far."""
+
+    def __init__(self, folder: Path, tokenized: list[Any]) -> None:
+        self.folder, self.tokenized = folder, tokenized
+        self.results = folder / "results"
+        self.tasks = folder / "tasks"
+        self.tasks.mkdir()
+        own_tasks(self.tasks)
+        self.change(self.tasks / "sums_asked.yaml", "num_fewshot: 0\n", "")
+        for name in ("small", "large"):
+            self.model(name).mkdir()
+            for path in MODEL.iterdir():
+                to = self.model(name) / path.name
+                to.symlink_to(path) if path.suffix == ".safetensors" else shutil.copy(path, to)
+        self.change(
+            self.model("large") / "config.json", '"max_position_embeddings": 8192', '"max_position_embeddings": 4096'
+        )
+        self.change(self.model("large") / "generation_config.json", "{", '{"temperature": 0.6, ')
+
+    def model(self, name: str) -> Path:
+        return self.folder / name
+
+    @staticmethod
+    def change(path: Path, old: str, new: str) -> None:
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+
+    @property
+    def kept(self) -> list[Path]:
+        return sorted((self.results / "work/facts").iterdir())
+
+    def facts(
+        self,
+        model: str,
+        suite: str = "s",
+        task: str = "sums",
+        environment: str = "lock",
+        seed: int | None = None,
+        **settings: Any,
+    ) -> Facts:
+        """As `python -m reproval.facts` finds them."""
+        unit = Unit(
+            suite=suite,
+            task=task,
+            include_path=str(self.tasks),
+            unsafe_code=False,
+            settings=TaskSettings(**({"limit": 6} | settings)),
+        )
+        asked = ModelConfig(path=str(self.model(model)))
+        run = RunFile(
+            run=Run(name=f"{model}-000000000000", model_name=model, model=asked, units=[unit], identity={}),
+            hardware=Hardware(gpus=0, host_memory_bytes=2**33, cpus=2),
+            policy="auto",
+            seed=seed,
+            batch_invariant=False,
+            container=None,
+            environment=environment,
+            store="resources",
+        )
+        del self.tokenized[:]
+        return make_facts(run, stage_model(model, asked, Path("resources")), self.results)
+
+
+@pytest.fixture
+def counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Counting:
+    from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+    tokenized: list[Any] = []
+    encode = TokenizersBackend._encode_plus
+
+    def recorded(self: Any, text: Any, *arguments: Any, **more: Any) -> Any:
+        tokenized.append(text)
+        return encode(self, text, *arguments, **more)
+
+    # The last Python before the tokenizers library.
+    monkeypatch.setattr(TokenizersBackend, "_encode_plus", recorded)
+    return Counting(tmp_path, tokenized)
+
+
+def test_models_that_share_a_tokenizer_are_counted_once(counting: Counting) -> None:
+    first = counting.facts("small")
+    assert counting.tokenized
+    (kept,) = counting.kept
+    second = counting.facts("large", suite="other")
+    assert counting.tokenized == []
+    assert counting.kept == [kept]
+    assert second.model_facts.max_position_embeddings == 4096
+    assert [task.suite for task in second.tasks] == ["other", "other"]
+    assert [task.model_copy(update={"suite": "s"}) for task in second.tasks] == first.tasks
+    again = counting.facts("small", apply_chat_template=False, fewshot_as_multiturn=True)
+    assert counting.tokenized == [], "settings that change no request are no reason"
+    assert again == first
+
+
+def test_what_may_change_a_token_is_counted_again(counting: Counting) -> None:
+    c, small = counting, counting.model("small")
+    changes: dict[str, Callable[[], Any]] = {
+        "tokenizer": lambda: c.change(small / "tokenizer.json", '"ignore_merges":false', '"ignore_merges":true'),
+        "its settings": lambda: c.change(small / "tokenizer_config.json", "{", '{"clean": true, '),
+        "a file of the chat template": lambda: (small / "chat_template.jinja").write_text("{{ messages[0].content }}"),
+        "the model's type": lambda: c.change(small / "config.json", '"model_type": "llama"', '"model_type": "qwen2"'),
+        "task": lambda: c.change(c.tasks / "sums_asked.yaml", "Question:", "Asked:"),
+        "data set": lambda: c.change(c.tasks / "data/sums.jsonl", "a cow", "a calf"),
+        "shots": lambda: {"num_fewshot": 1},
+        "limit": lambda: {"limit": 5},
+        "seed": lambda: {"num_fewshot": 1, "seed": 7},
+        "chat template": lambda: {"apply_chat_template": True},
+        "packages": lambda: {"environment": "another lock"},
+    }
+    c.facts("small")
+    for number, (name, change) in enumerate(changes.items(), 2):
+        made = change()
+        settings = made if isinstance(made, dict) else {}
+        found = c.facts("small", **settings)
+        assert c.tokenized, name
+        assert len(c.kept) == number, name
+        assert c.facts("small", **settings) == found, name
+        assert c.tokenized == [], name
+        shutil.move(c.results, c.folder / "aside")
+        assert c.facts("small", **settings) == found, name
+        shutil.rmtree(c.results)
+        shutil.move(c.folder / "aside", c.results)
+
+
+def test_files_that_are_not_what_was_written_are_counted_again(counting: Counting) -> None:
+    right = counting.facts("small")
+    (kept,) = counting.kept
+    text = kept.read_text()
+    counting.facts("small", limit=5)
+    (other,) = set(counting.kept) - {kept}
+    tampered = text.replace(f'"requests": {right.tasks[0].requests}', '"requests": 1000000', 1)
+    foreign = other.read_text()
+    rekeyed = foreign.replace(json.loads(foreign)["key"], json.loads(text)["key"])
+    for content in (text[: len(text) // 2], "", "[]", tampered, foreign, rekeyed):
+        assert content != text
+        kept.write_text(content)
+        assert counting.facts("small") == right
+        assert counting.tokenized, content[:200]
+        assert kept.read_text() == text

@@ -6,20 +6,26 @@ import argparse
 import sys
 from pathlib import Path
 
+from reproval.counted import Counted
 from reproval.files import read_record, write_record
 from reproval.model_facts import read_model
 from reproval.records import Facts, ModelManifest, TaskFacts
 from reproval.run_file import RunFile
 from reproval.store import message, of_manifest
-from reproval.task_facts import encoder, unit_facts
+from reproval.task_facts import counted_with, encoder, unit_facts
 
 
-def make_facts(run: RunFile, manifest: ModelManifest) -> Facts:
-    """Read the model's headers and tokenize every request of its units, from the store alone."""
-    model = encoder(manifest.folder, run.run.model.trust_remote_code)
+def make_facts(run: RunFile, manifest: ModelManifest, results: Path) -> Facts:
+    """Read the model's headers and tokenize every request of its units, from the store alone.
+
+    What a tokenizer has counted is kept in RESULTS/work/facts. Raises tasks.UnknownTask, OSError.
+    """
+    trusted = run.run.model.trust_remote_code
+    model = encoder(manifest.folder, trusted)
+    counted = Counted(results / "work/facts", counted_with(manifest, model, trusted, run.environment))
     tasks: list[TaskFacts] = []
     for unit in run.run.units:
-        tasks += unit_facts(unit, run.seed, model)
+        tasks += unit_facts(unit, run.seed, model, counted)
     return Facts(
         run=run.run.name,
         model=run.run.model_name,
@@ -34,13 +40,14 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--manifest", type=Path, required=True)
     parser.add_argument("--tasks", type=Path, nargs="+", required=True, help="Manifests of the suites.")
+    parser.add_argument("--results", type=Path, required=True, help="Where counts are kept for other models.")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     run = read_record(options.run, RunFile)
     # Else transformers and datasets look for what is missing on the Hub, and say only that they are offline.
     if wrong := [line for path in (options.manifest, *options.tasks) for line in of_manifest(path, Path(run.store))]:
         sys.exit(f"reproval facts: {message(wrong)}")
-    write_record(options.out, make_facts(run, read_record(options.manifest, ModelManifest)))
+    write_record(options.out, make_facts(run, read_record(options.manifest, ModelManifest), options.results))
 
 
 if __name__ == "__main__":

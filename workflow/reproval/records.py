@@ -183,6 +183,15 @@ class TaskFacts(Part):
     task_hash: Sha256 = Field(description="SHA-256 over the resolved task configuration and every prompt.")
 
 
+class CountedTasks(Record):
+    """The tasks of one unit as one tokenizer counted them, kept for other models and settings."""
+
+    kind: Literal["counted-tasks"] = "counted-tasks"
+    key: Sha256 = Field(description="SHA-256 of everything that decides the counts.")
+    tasks: list[TaskFacts]
+    sha256: Sha256 = Field(description="Of the key and the tasks.")
+
+
 class Facts(Record):
     kind: Literal["facts"] = "facts"
     run: str
@@ -283,7 +292,7 @@ class Plan(Record):
     parameters: int
     jobs_per_gpu: int = Field(default=1, description="1: the job's GPUs are its own; else it keeps to this share.")
     fits: bool
-    advice: str | None = Field(default=None, description="When it does not fit: what would make it fit.")
+    advice: str | None = Field(default=None, description="When it cannot run: why, and what would help.")
     levers: list[PulledLever] = Field(description="Pulled already on the first rung.")
     reasons: list[Reason]
     ladder: list[Rung] = Field(description="The first rung is the plan itself; empty when nothing fits.")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from reproval.files import sha256_bytes, sha256_json
-from reproval.records import RequestType, TaskFacts
+from reproval.counted import Counted
+from reproval.files import sha256_bytes, sha256_file, sha256_json
+from reproval.folders import model_config
+from reproval.records import ModelManifest, RequestType, TaskFacts
 from reproval.seeds import Seed
 from reproval.settings import Unit
 from reproval.tasks import built
@@ -16,6 +19,8 @@ from reproval.tasks import built
 # What lm-eval's vLLM backend generates when a task does not say (VLLM.__init__, max_gen_toks).
 DEFAULT_MAX_GEN_TOKS = 256
 BLOCK_TOKENS = 16
+# All other files of a manifest count as the tokenizer's: vocabulary, merges, chat templates, code.
+_NOT_THE_TOKENIZERS = ("*.safetensors", "*.safetensors.index.json", "generation_config.json")
 
 
 def encoder(folder: str, trust_remote_code: bool) -> Any:
@@ -89,25 +94,57 @@ def encoder(folder: str, trust_remote_code: bool) -> Any:
     return Encoder()
 
 
-def unit_facts(unit: Unit, seed: Seed, model: Any) -> list[TaskFacts]:
-    """Facts of every leaf task of a unit. `model` is what `encoder` returns. Raises tasks.UnknownTask."""
-    facts = []
-    for name, task in built(unit, seed, model).items():
-        # A task makes one kind of request; its instances say which.
-        kind: RequestType = task.instances[0].request_type
-        lengths = _lengths(kind, task.instances, model)
-        facts.append(
-            TaskFacts(
-                suite=unit.suite,
-                unit=unit.task,
-                task=name,
-                request_type=kind,
-                documents=len({instance.doc_id for instance in task.instances}),
-                task_hash=_task_hash(task),
-                **lengths,
-            )
-        )
+def counted_with(manifest: ModelManifest, model: Any, trust_remote_code: bool, environment: str) -> dict[str, Any]:
+    """What decides the tokens of a given text. `model` is what `encoder` returns; reads nothing large.
+
+    Of config.json transformers reads the model type, by which it chooses the class that is named here, and the version
+    that wrote the file, by which it mends Mistral's (TokenizersBackend._patch_mistral_regex). Code that comes with the
+    checkpoint may read all of it. `environment` stands for the versions of transformers and lm-eval.
+    """
+    config = model_config(Path(manifest.folder))
+    others = _NOT_THE_TOKENIZERS if trust_remote_code else (*_NOT_THE_TOKENIZERS, "config.json")
+    return {
+        "files": {
+            entry.path: entry.sha256
+            for entry in manifest.files
+            if not any(Path(entry.path).match(pattern) for pattern in others)
+        },
+        "class": type(model.tokenizer).__name__,
+        "config": {key: config.get(key) for key in ("model_type", "transformers_version")},
+        "trust_remote_code": trust_remote_code,
+        "environment": environment,
+        # Nobody has to remember to raise a number when the code below counts otherwise.
+        "code": sha256_file(Path(__file__)),
+    }
+
+
+def unit_facts(unit: Unit, seed: Seed, model: Any, counted: Counted | None = None) -> list[TaskFacts]:
+    """Facts of every leaf task of a unit. `model` is what `encoder` returns. Raises tasks.UnknownTask, OSError.
+
+    The requests are always built, as text; with `counted` they are tokenized only if nobody has done it before.
+    """
+    tasks = built(unit, seed, model)
+    hashes = {name: _task_hash(task) for name, task in tasks.items()}
+    facts = counted.find(unit, hashes) if counted else None
+    if facts is None:
+        facts = [_facts(unit, name, task, hashes[name], model) for name, task in tasks.items()]
+        if counted:
+            counted.keep(unit, hashes, facts)
     return facts
+
+
+def _facts(unit: Unit, name: str, task: Any, task_hash: str, model: Any) -> TaskFacts:
+    # A task makes one kind of request; its instances say which.
+    kind: RequestType = task.instances[0].request_type
+    return TaskFacts(
+        suite=unit.suite,
+        unit=unit.task,
+        task=name,
+        request_type=kind,
+        documents=len({instance.doc_id for instance in task.instances}),
+        task_hash=task_hash,
+        **_lengths(kind, task.instances, model),
+    )
 
 
 def _lengths(kind: RequestType, instances: list[Any], model: Any) -> dict[str, Any]:

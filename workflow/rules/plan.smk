@@ -18,8 +18,8 @@ rule find_facts:
         mem_mb=lambda wildcards, attempt: 4096 * attempt,
         runtime=lambda wildcards, attempt: 60 * attempt,
     shell:
-        "engine -m reproval.facts --run {input.run:q} --manifest {input.model:q} --tasks {input.tasks:q} --out {output:q}"
-        " > {log:q} 2>&1"
+        "engine -m reproval.facts --run {input.run:q} --manifest {input.model:q} --tasks {input.tasks:q} --results results"
+        " --out {output:q} > {log:q} 2>&1"
 
 
 rule make_plan:
