@@ -410,6 +410,24 @@ def test_float16_is_not_planned_for_models_that_vllm_refuses_in_it() -> None:
     assert planned("gemma-2b", H100, asked=ModelConfig(path="m", dtype="float16")).fits
 
 
+def test_bfloat16_is_refused_on_a_gpu_that_has_none_with_the_mend() -> None:
+    """The configuration refuses it for a model; a policy may begin with it all the same."""
+    content = yaml.safe_load((ROOT / "config" / "tiers.yaml").read_text())
+    content["policies"]["auto"]["start"]["dtype"] = "bfloat16"
+    tiers = Tiers.model_validate(content)
+    for name, mend in (("Qwen3-4B", "to float16 or float32"), ("gemma-3-1b-it", "to float32, or leave it out")):
+        refused = planned(name, gpu(80, capability="7.5"), tiers=tiers)
+        assert not refused.fits
+        assert "refuses dtype bfloat16 on a GPU of compute capability below 8.0, and this one has 7.5" in (
+            refused.advice or ""
+        )
+        assert mend in (refused.advice or "")
+        assert not planned(name, gpu(80, capability="7.5"), asked=ModelConfig(path="m", dtype="bfloat16")).fits
+        for capability in ("8.0", "10.0", None):
+            assert planned(name, gpu(80, capability=capability), tiers=tiers).fits
+    assert planned("SmolLM2-135M", Hardware(gpus=0, host_memory_bytes=16 * GIB, cpus=2), tiers=tiers).fits
+
+
 def test_float32_checkpoints_run_in_16_bit() -> None:
     plan = planned("OLMo-2-1124-13B", H100)
     assert plan.ladder[0].settings.dtype == "bfloat16"
@@ -699,8 +717,8 @@ def test_the_table_says_what_cannot_run(files: list[str], tmp_path: Path, capsys
     assert lines[2].startswith("smol ")
     assert "GiB host" in lines[2]
     assert "quantization=bitsandbytes*" in lines[3]
-    assert "does not fit" in lines[4]
-    assert any(line.startswith("Llama-2-13b-hf cannot run on this hardware. 28.97 GiB") for line in lines)
+    assert "cannot run" in lines[4]
+    assert any(line.startswith("Llama-2-13b-hf cannot run. 28.97 GiB") for line in lines)
     assert lines[-1] == "* changes scores, which are marked in every result: Llama-3.1-70B"
     assert command.main(["table", "--strict", *paths]) == 1
     assert command.main(["table", "--strict", *paths[:2]]) == 0

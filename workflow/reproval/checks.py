@@ -275,7 +275,7 @@ def _dtype(report: Report, at: KeyPath, model: dict[Any, Any]) -> None:
             (*at, "dtype"),
             found=f"bfloat16 with hardware.compute_capability: {show(hardware['compute_capability'])}",
             expected="8.0 or more (Ampere) for bfloat16",
-            mend="write float16, or choose another GPU",
+            mend="delete dtype, so that the plan takes what this GPU has, or choose another GPU",
             reads=[("hardware", "compute_capability"), ("hardware", "gpus")],
         )
 

@@ -77,6 +77,7 @@ class Case:
 
     @property
     def lacks_bfloat16(self) -> bool:
+        """Whether vLLM refuses bfloat16 here (check_if_supports_dtype of vllm/platforms/cuda.py)."""
         capability = self.hardware.compute_capability
         return bool(self.hardware.gpus and capability and float(capability) < 8.0)
 
@@ -232,6 +233,12 @@ def refusal(case: Case, dtype: Dtype) -> str | None:
         return (
             f"vLLM refuses dtype float16 for {case.facts.model_type} models, which are numerically unstable in it. "
             "Set `dtype` of the model, or of the policy's start, to bfloat16 or float32, or leave it out."
+        )
+    if dtype == "bfloat16" and case.lacks_bfloat16:
+        return (
+            f"vLLM refuses dtype bfloat16 on a GPU of compute capability below 8.0, and this one has "
+            f"{case.hardware.compute_capability}. Set `dtype` of the model, or of the policy's start, to "
+            f"{'float32' if case.facts.model_type in _NO_FLOAT16 else 'float16 or float32'}, or leave it out."
         )
     answer, limit = case.work.longest_answer, case.facts.max_position_embeddings
     if answer >= limit:
