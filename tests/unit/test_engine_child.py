@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from examples import engine_settings, run_file
+from examples import engine_settings, model_facts, run_file, task_facts
 
 from reproval import engine, evaluate, provenance
+from reproval.plan import make_plan
+from reproval.records import Facts, Hardware, ModelFacts, ModelManifest
+from reproval.settings import ModelConfig
+from reproval.tiers import load_tiers
 
 # Cut from what lm-eval 0.4.13 returned for a group of two tasks.
 RESULTS = {
@@ -66,6 +72,39 @@ def test_variables_of_the_caller_that_change_what_runs_stand_in_the_provenance()
         "VLLM_USE_V2_MODEL_RUNNER": "0",
     }
     assert "VLLM_API_KEY" not in provenance.engine_variables(caller)
+
+
+@pytest.mark.parametrize(
+    ("model", "hardware", "words"),
+    [
+        (
+            model_facts(model_type="gemma2"),
+            {"gpus": 1, "gpu_memory_bytes": 2**34},
+            "vLLM refuses dtype float16 for gemma2",
+        ),
+        (
+            model_facts(max_position_embeddings=16),
+            {"gpus": 0},
+            "generates up to 32 tokens, and the model's maximum is 16",
+        ),
+        (model_facts(), {"gpus": 1, "gpu_memory_bytes": 2**26}, "would be needed on one GPU"),
+    ],
+)
+def test_a_job_that_cannot_run_says_so_in_the_plan_s_words(
+    tmp_path: Path, model: ModelFacts, hardware: dict[str, int], words: str
+) -> None:
+    tasks = [task_facts(request_type="generate_until", generation_tokens=3200)]
+    run = run_file(hardware=Hardware(**hardware, host_memory_bytes=2**34, cpus=2))
+    tiers = load_tiers(Path(__file__).parents[2] / "config/tiers.yaml")
+    asked = ModelConfig(path="m", dtype="float16")
+    plan = make_plan(run.run.name, "m", model, tasks, run.hardware, tiers, "auto", asked, None)
+    facts = Facts(run=run.run.name, model="m", model_digest="1" * 64, model_facts=model, tasks=tasks)
+    manifest = ModelManifest(model="m", source="local", folder="m", files=[], digest="1" * 64)
+    job = evaluate.Job(run, facts, plan, manifest, tmp_path, tmp_path / "log", run.hardware.gpus)
+    with pytest.raises(evaluate.EvaluateError) as raised:
+        evaluate.climb(job)
+    assert str(raised.value) == f"m cannot run: {plan.advice}"
+    assert words in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["gpu_memory_utilization", "kv_cache_memory_bytes"])

@@ -147,7 +147,7 @@ def climb(job: Job) -> Ended:
 def _climb(job: Job, told: ProgressFile) -> Ended:
     plan, run, gpus = job.plan, job.run, job.gpus
     if not plan.fits:
-        raise EvaluateError(f"{plan.model} does not fit this hardware: {plan.advice}")
+        raise EvaluateError(f"{plan.model} cannot run: {plan.advice}")
     if wrong := store.troubles(Path(job.manifest.folder), job.manifest.files):
         raise EvaluateError(store.message(wrong))
     history = resources.read_history(job.work)

@@ -257,7 +257,7 @@ def table(plans: list[Plan]) -> str:
     lines = [text_table(head, [_row(plan) for plan in plans])]
     for plan in plans:
         if not plan.fits:
-            lines += ["", f"{plan.model} cannot run on this hardware. {plan.advice}"]
+            lines += ["", f"{plan.model} cannot run. {plan.advice}"]
     marked = [plan.model for plan in plans if any(lever.changes_scores for lever in plan.levers)]
     if marked:
         lines += ["", f"* changes scores, which are marked in every result: {', '.join(marked)}"]
@@ -272,7 +272,7 @@ def _row(plan: Plan) -> tuple[str, ...]:
     )
     size = f"{plan.parameters / 1e9:.2f}B"
     if not plan.fits:
-        return plan.model, size, plan.tier, levers or "none", "does not fit", "-"
+        return plan.model, size, plan.tier, levers or "none", "cannot run", "-"
     predicted, settings = plan.ladder[0].predicted, plan.ladder[0].settings
     if plan.hardware.gpus:
         peak = f"{predicted.peak_bytes / GIB:.1f} of {plan.hardware.gpu_memory_bytes / GIB:.1f} GiB"

@@ -87,7 +87,7 @@ def judge(seen: Seen, pace: float = 1.0) -> Line:
         missing = "its plan" if seen.facts else "its facts" if seen.staged else "files in the store: snakemake stage"
         return Line(seen.run, "to be planned", None, None, 0, 0, attempts, f"needs {missing}")
     if not plan.fits:
-        return Line(seen.run, "cannot run", None, 0.0, 0, 0, attempts, plan.advice or "does not fit this hardware")
+        return Line(seen.run, "cannot run", None, 0.0, 0, 0, attempts, plan.advice or "see its plan")
     live = [job for job in seen.jobs if job.progress and job.progress.state == "running" and job.silent_s <= SILENCE_S]
     share, left = _left(seen, plan, live, pace)
     base = (seen.run, share, left, _gpus(plan), len(live), attempts)
