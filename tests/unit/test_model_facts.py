@@ -52,6 +52,10 @@ def test_active_parameters(name: str, billions: float) -> None:
     assert active_parameters(facts(name)) / 1e9 == pytest.approx(billions, rel=0.03)
 
 
+def test_a_maximum_that_a_nested_configuration_leaves_out_is_its_class_s() -> None:
+    assert facts("gemma-3-4b-it").max_position_embeddings == 131072
+
+
 def test_layers_of_hybrids() -> None:
     assert [(g.kind, g.layers) for g in facts("gemma-3-4b-it").cache] == [("full", 5), ("sliding", 29)]
     assert [(g.kind, g.layers) for g in facts("gpt-oss-20b").cache] == [("full", 12), ("sliding", 12)]
@@ -64,6 +68,8 @@ def test_layers_of_hybrids() -> None:
     ("config", "kinds"),
     [
         ({"num_hidden_layers": 2, "sliding_window": 64, "use_sliding_window": False}, ["full", "full"]),
+        # Llama 4: vLLM turns its hybrid cache off.
+        ({"num_hidden_layers": 2, "layer_types": ["chunked_attention", "full_attention"]}, ["full", "full"]),
         (
             {"num_hidden_layers": 3, "sliding_window": 64, "use_sliding_window": True, "max_window_layers": 2},
             ["full", "full", "sliding"],

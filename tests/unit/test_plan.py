@@ -19,10 +19,10 @@ from reproval.files import write_record
 from reproval.memory_model import (
     GIB,
     cache_bytes_per_token,
+    cache_pool,
     predict,
     prompt_logprobs_bytes,
     request_cache_bytes,
-    state_pool,
     summarize,
 )
 from reproval.plan import make_plan, table
@@ -343,24 +343,42 @@ def test_states_and_attention_share_blocks_of_one_size(
 ) -> None:
     """Of the first two the sizes are those that vLLM's own grouping gives for these shapes."""
     chosen = stock(8192)
-    pool = state_pool(facts(name), chosen)
-    assert pool is not None
-    assert (pool.block_bytes / 2**20, pool.block_tokens, pool.state_blocks) == (mib, tokens, states)
+    pool = cache_pool(facts(name), chosen)
+    assert (pool.block_bytes / 2**20, pool.state_blocks) == (mib, states)
+    assert [layers.block_tokens for layers in pool.attention] == [tokens] * attention
     held = request_cache_bytes(facts(name), chosen, 3 * tokens + 1)
     assert held == pool.block_bytes * (states + 4 * attention)
 
 
+@pytest.mark.parametrize(
+    ("name", "length", "tokens", "mib"),
+    [
+        # 21 full and 21 sliding layers: two groups.
+        ("gemma-2-9b", 8192, 2048, 2690.625),
+        # 4 full and 22 sliding layers: seven groups of four, of which two lack a layer.
+        ("gemma-3-1b-it", 8192, 2048, 140.375),
+        ("gemma-3-1b-it", 3008, 8192, 82.625),
+        ("gpt-oss-20b", 32768, 2048, 867.375),
+        # All layers slide: one group, which keeps the window and two steps of what is longer.
+        ("Mistral-7B-v0.1", 32768, 512, 642.0),
+    ],
+)
+def test_sliding_windows_take_what_vllm_says_that_they_do(name: str, length: int, tokens: int, mib: float) -> None:
+    """From vLLM's own function; tests/engine/test_cache_pool.py asks it for every architecture."""
+    assert request_cache_bytes(facts(name), stock(tokens), length) / 2**20 == mib
+
+
 @pytest.mark.parametrize("gib", SIZES)
-def test_models_with_states_get_a_cache_that_vllm_starts_with(gib: int) -> None:
+def test_every_model_gets_a_cache_that_vllm_starts_with(gib: int) -> None:
     """vLLM refuses fewer blocks than a full request and one more, and with graphs fewer than max_num_seqs."""
     long = task("generate_until", requests=20_000, context=500, continuation=0, generated=256, longest=800)
     for name, work in itertools.product(NAMES, (CHOICES, ANSWERS, long)):
         for rung in planned(name, gpu(gib, 2), [work]).ladder:
             chosen = rung.settings
-            if pool := state_pool(facts(name), chosen):
-                blocks = rung.predicted.kv_cache_bytes // pool.block_bytes
-                assert blocks > pool.request_blocks(chosen, chosen.max_model_len)
-                assert chosen.enforce_eager or blocks >= chosen.max_num_seqs
+            pool = cache_pool(facts(name), chosen)
+            blocks = rung.predicted.kv_cache_bytes // pool.block_bytes
+            assert blocks > pool.request_blocks(chosen, chosen.max_model_len)
+            assert chosen.enforce_eager or not pool.state_blocks or blocks >= chosen.max_num_seqs
 
 
 # --- choices -------------------------------------------------------------------------------------------------------

@@ -31,6 +31,9 @@ BLOCK_TOKENS = 16
 CPU_BLOCK_TOKENS = 128
 """The CPU platform's default (platforms/cpu.py)."""
 _MLA_BLOCK_TOKENS = 128
+STEPS_IN_FLIGHT = 2
+"""Steps whose tokens are scheduled and not yet settled: with asynchronous scheduling, the default on a GPU, the next is
+made while one runs (max_concurrent_batches of config/vllm.py). On a CPU there is one, which is neglected."""
 LOGIT_ROWS_PER_CHUNK = 1024
 """CHUNK_SIZE of v1/worker/gpu/sample/prompt_logprob.py."""
 VOCABULARY_PADDING = 64
@@ -157,86 +160,94 @@ def _cache_split(facts: ModelFacts, group: CacheGroup, tp: int) -> int:
 
 
 def request_cache_bytes(facts: ModelFacts, settings: EngineSettings, tokens: int, block: int = BLOCK_TOKENS) -> int:
-    """KV bytes that one request of `tokens` holds on one GPU, in whole blocks.
-
-    A sliding-window layer keeps the window and what one step may add (SlidingWindowSpec.max_memory_usage_bytes of
-    v1/kv_cache_interface.py). Where layers keep a state, blocks are those of `state_pool`.
-    """
-    if pool := state_pool(facts, settings, block):
-        return pool.block_bytes * pool.request_blocks(settings, tokens)
-    item = cache_item_bytes(settings.dtype, settings.kv_cache_dtype)
-    return sum(
-        round_up(_kept_tokens(group, settings, tokens, block), block)
-        * group.elements_per_token
-        * item
-        // _cache_split(facts, group, settings.tensor_parallel_size)
-        for group in facts.cache
-    )
-
-
-def _kept_tokens(group: CacheGroup, settings: EngineSettings, tokens: int, block: int) -> int:
-    if group.kind == "sliding" and group.window_tokens is not None:
-        return min(tokens, group.window_tokens - 1 + settings.max_num_batched_tokens + block)
-    return tokens
+    """KV bytes that one request of `tokens` may hold on one GPU, in whole blocks of `cache_pool`."""
+    pool = cache_pool(facts, settings, block)
+    return pool.block_bytes * pool.request_blocks(settings, tokens)
 
 
 @dataclass(frozen=True)
-class StatePool:
-    """The cache of a model with states: blocks of one size, which states and attention take from the same pool."""
+class AttentionLayers:
+    """Attention layers of one kind: the groups that they are put into, and the tokens of a block of one group."""
 
-    block_bytes: int
+    groups: int
     block_tokens: int
-    """Tokens of an attention block; without attention, what it was called with."""
-    state_blocks: int
-    """Blocks that the states of one request take."""
-    attention: tuple[tuple[CacheGroup, int], ...]
-    """Each attention group, and how many blocks it takes for every `block_tokens`."""
+    window_tokens: int | None
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks that so many tokens take, all groups together."""
+        return self.groups * -(-tokens // self.block_tokens)
 
     def request_blocks(self, settings: EngineSettings, tokens: int) -> int:
-        """Blocks that one request of `tokens` holds."""
-        return self.state_blocks + sum(
-            count * -(-_kept_tokens(group, settings, tokens, self.block_tokens) // self.block_tokens)
-            for group, count in self.attention
-        )
+        """Blocks that one request of `tokens` may hold.
 
-    @property
-    def attention_blocks(self) -> int:
-        """Blocks that `block_tokens` more tokens take."""
-        return sum(count for _, count in self.attention)
+        Sliding windows keep the window and what the steps in flight may add, and begin anywhere in a block
+        (SlidingWindowSpec.max_admission_blocks_per_request of v1/kv_cache_interface.py).
+        """
+        if self.window_tokens is None:
+            return self.blocks(tokens)
+        in_flight = STEPS_IN_FLIGHT * settings.max_num_batched_tokens
+        return self.blocks(min(self.window_tokens - 1 + in_flight, tokens)) + self.groups
 
 
-def state_pool(facts: ModelFacts, settings: EngineSettings, block: int = BLOCK_TOKENS) -> StatePool | None:
-    """How vLLM lays out the cache of one GPU where layers keep a state; None where none does.
+@dataclass(frozen=True)
+class CachePool:
+    """The cache of one GPU as vLLM lays it out: blocks of one size, which all groups of layers take from one pool."""
+
+    block_bytes: int
+    state_blocks: int
+    """Blocks that the states of one request take."""
+    attention: tuple[AttentionLayers, ...]
+
+    def request_blocks(self, settings: EngineSettings, tokens: int) -> int:
+        """Blocks that one request of `tokens` may hold."""
+        return self.state_blocks + sum(layers.request_blocks(settings, tokens) for layers in self.attention)
+
+    def attention_blocks(self, tokens: int) -> int:
+        """Blocks that so many tokens take while nothing has left a window."""
+        return sum(layers.blocks(tokens) for layers in self.attention)
+
+
+def cache_pool(facts: ModelFacts, settings: EngineSettings, block: int = BLOCK_TOKENS) -> CachePool:
+    """How vLLM lays out the cache of one GPU, in blocks of `block` tokens or, where layers keep a state, of more.
+
+    Layers of one kind are a group, a block of which is a page of each layer. Where there are several kinds, they are
+    put into groups of one size (_get_kv_cache_groups_uniform_page_size of v1/core/kv_cache_utils.py), and pages get one
+    size: a smaller one has more tokens, if so many fill the largest, or is padded (unify_kv_cache_spec_page_size).
 
     Beside attention, prefix caching is on, for which a request holds two states (MambaSpec.max_memory_usage_bytes with
     mamba_cache_mode `align`); without attention it is off, and one state is held (is_prefix_caching_supported of
-    config/model.py). An attention block has as many tokens as fill the page of a state, which is padded to it
-    (_align_hybrid_block_size of platforms/interface.py). Layers are put into groups of one size, a block of which is
-    a page of each layer (_get_kv_cache_groups_uniform_page_size of v1/core/kv_cache_utils.py).
+    config/model.py). An attention block then has as many tokens as fill the page of a state, which is padded to it
+    (_align_hybrid_block_size of platforms/interface.py).
     """
     item = cache_item_bytes(settings.dtype, settings.kv_cache_dtype)
     tp = settings.tensor_parallel_size
     states = [group for group in facts.cache if group.kind == "state"]
     attention = [group for group in facts.cache if group.kind != "state" and group.layers]
-    if not states:
-        return None
-    page = max(-(-group.state_bytes // (group.layers * tp)) for group in states)
+    page = max((-(-group.state_bytes // (group.layers * tp)) for group in states), default=0)
     layers = sum(group.layers for group in states)
     if not attention:
-        return StatePool(page * layers, block, 1, ())
-    # Kernels for MLA need blocks of a multiple of 128 tokens.
-    step = max(block, _MLA_BLOCK_TOKENS) if any(group.kind == "mla" for group in attention) else block
-    per_token = max(
+        return CachePool(page * layers, 1, ())
+    per_token = [
         -(-group.elements_per_token * item // (group.layers * _cache_split(facts, group, tp))) for group in attention
-    )
-    block_tokens = step * -(-page // (step * per_token))
-    counts = [layers, *(group.layers for group in attention)]
+    ]
+    widest = max(per_token)
+    if states:
+        # Kernels for MLA need blocks of a multiple of 128 tokens.
+        step = max(block, _MLA_BLOCK_TOKENS) if any(group.kind == "mla" for group in attention) else block
+        block = step * -(-page // (step * widest))
+    counts = [group.layers for group in attention] + [layers] * bool(states)
     size = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
-    return StatePool(
-        block_bytes=block_tokens * per_token * size,
-        block_tokens=block_tokens,
+    return CachePool(
+        block_bytes=block * widest * size,
         state_blocks=2 * -(-layers // size),
-        attention=tuple((group, -(-group.layers // size)) for group in attention),
+        attention=tuple(
+            AttentionLayers(
+                groups=-(-group.layers // size),
+                block_tokens=block * (widest // own if widest % own == 0 else 1),
+                window_tokens=group.window_tokens,
+            )
+            for group, own in zip(attention, per_token, strict=True)
+        ),
     )
 
 

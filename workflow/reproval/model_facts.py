@@ -230,7 +230,12 @@ _HEADS = ("num_attention_heads", "n_head", "n_heads")
 
 # What a nested configuration may leave out, because the class in transformers fills it in.
 _CLASS_DEFAULTS: dict[str, dict[str, int]] = {
-    "gemma3_text": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
+    "gemma3_text": {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 131072,
+    },
     "llama": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "mistral": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
@@ -327,7 +332,7 @@ def cache_groups(text: Config) -> list[CacheGroup]:
                 kind="sliding",
                 layers=kinds["sliding"],
                 elements_per_token=kinds["sliding"] * per_layer,
-                window_tokens=int(_first(text, "sliding_window", "attention_chunk_size", default=None)),
+                window_tokens=int(text["sliding_window"]),
             )
         )
     if kinds["state"]:
@@ -386,7 +391,8 @@ _MLA_TYPES = {
 _FULL_EVERY = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4}
 _NAMED_KINDS = {
     "sliding_attention": "sliding",
-    "chunked_attention": "sliding",
+    # vLLM keeps all of it: it turns the hybrid cache off for these models (VllmConfig.__post_init__, config/vllm.py).
+    "chunked_attention": "full",
     "linear_attention": "state",
     "mamba": "state",
     "mamba2": "state",

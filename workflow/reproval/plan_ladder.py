@@ -13,13 +13,11 @@ from typing import Literal
 from reproval.memory_model import (
     BLOCK_TOKENS,
     MIB,
-    cache_bytes_per_token,
+    cache_pool,
     host_bytes,
     padded_vocabulary,
     predict,
-    request_cache_bytes,
     round_up,
-    state_pool,
 )
 from reproval.plan_start import (
     FEWEST_SEQUENCES,
@@ -144,34 +142,27 @@ def prediction(case: Case, settings: EngineSettings) -> MemoryPrediction:
 
 
 def needed_cache_bytes(case: Case, settings: EngineSettings) -> int:
-    """The least cache: one request of the full length, and the tokens of one step, with a block to spare.
+    """The least cache: one request of the full length, the tokens of one step, and the block that is never used.
 
     Where layers keep states, graphs also need a block for each request that may run at once
     (resolve_cudagraph_mode_and_sizes of vllm/config/compilation.py).
     """
+    pool = cache_pool(case.facts, settings, case.block)
     in_step = min(settings.max_num_batched_tokens, case.work.largest_task_tokens)
-    if pool := state_pool(case.facts, settings, case.block):
-        step_blocks = pool.attention_blocks * math.ceil(in_step / pool.block_tokens)
-        blocks = pool.request_blocks(settings, settings.max_model_len) + step_blocks + 1
-        return pool.block_bytes * max(blocks, 0 if settings.enforce_eager else settings.max_num_seqs)
-    one = request_cache_bytes(case.facts, settings, settings.max_model_len + case.block, case.block)
-    return one + in_step * cache_bytes_per_token(
-        case.facts, settings.dtype, settings.kv_cache_dtype, settings.tensor_parallel_size
-    )
+    blocks = pool.request_blocks(settings, settings.max_model_len) + pool.attention_blocks(in_step) + 1
+    if pool.state_blocks and not settings.enforce_eager:
+        blocks = max(blocks, settings.max_num_seqs)
+    return pool.block_bytes * blocks
 
 
 def useful_cache_bytes(case: Case, settings: EngineSettings) -> int:
     """More cache than this is never filled: all requests of the largest task at once."""
-    least = needed_cache_bytes(case, settings)
-    if pool := state_pool(case.facts, settings, case.block):
-        running = min(settings.max_num_seqs, case.work.largest_task_requests)
-        full = math.ceil(case.work.largest_task_tokens / pool.block_tokens) + running
-        return max(least, pool.block_bytes * (running * pool.state_blocks + pool.attention_blocks * full + 1))
-    per_token = cache_bytes_per_token(
-        case.facts, settings.dtype, settings.kv_cache_dtype, settings.tensor_parallel_size
-    )
-    blocks = case.work.largest_task_tokens + case.work.largest_task_requests * case.block
-    return max(least, blocks * per_token)
+    pool = cache_pool(case.facts, settings, case.block)
+    requests = case.work.largest_task_requests
+    # Each ends within a block, which is kept only while it runs; blocks of models with states are large.
+    ends = min(settings.max_num_seqs, requests) if pool.state_blocks else requests
+    attention = pool.attention_blocks(case.work.largest_task_tokens) + ends * pool.attention_blocks(1)
+    return max(needed_cache_bytes(case, settings), pool.block_bytes * (ends * pool.state_blocks + attention + 1))
 
 
 def without_cache_bytes(case: Case, settings: EngineSettings) -> int:
