@@ -31,6 +31,7 @@ def test_a_written_file_has_the_usual_permissions(tmp_path: Path) -> None:
     [
         (None, "cannot be read"),
         ('{"kind": "attempts", "attempts": []', "(the whole file)"),
+        ('{"kind": "attempts", \x80\x81', "(the whole file)"),
         ('{"kind": "attempts", "attempts": [], "version": 2}', "version"),
         ('{"kind": "attempts", "attempts": [], "attemps": []}', "attemps"),
         ('{"kind": "evaluation", "attempts": []}', "kind"),
@@ -39,7 +40,7 @@ def test_a_written_file_has_the_usual_permissions(tmp_path: Path) -> None:
 def test_a_record_that_is_not_one_is_refused_with_file_and_key(tmp_path: Path, text: str | None, said: str) -> None:
     path = tmp_path / "attempts.json"
     if text is not None:
-        path.write_text(text)
+        path.write_text(text, encoding="latin-1")
     with pytest.raises(files.RecordError) as caught:
         files.read_record(path, Attempts)
     assert str(path) in str(caught.value)

@@ -59,11 +59,11 @@ def write_record(path: Path, record: Record) -> None:
 def read_record(path: Path, kind: type[R]) -> R:
     """Read a record of the given kind. Raises RecordError with the file, the first key that is wrong and the mend."""
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
     except OSError as error:
         raise RecordError(f"{path}: cannot be read ({error.strerror}); run the stage that writes it") from error
     try:
-        return kind.model_validate_json(text)
+        return kind.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "(the whole file)"
