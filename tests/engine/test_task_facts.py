@@ -162,8 +162,12 @@ class Counting:
         for name in ("small", "large"):
             self.model(name).mkdir()
             for path in MODEL.iterdir():
-                to = self.model(name) / path.name
-                to.symlink_to(path) if path.suffix == ".safetensors" else shutil.copy(path, to)
+                if path.suffix != ".safetensors":
+                    shutil.copy(path, self.model(name))
+            # Of weights the header is read.
+            header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+            data = len(header).to_bytes(8, "little") + header + bytes(8)
+            (self.model(name) / "model.safetensors").write_bytes(data)
         self.change(
             self.model("large") / "config.json", '"max_position_embeddings": 8192', '"max_position_embeddings": 4096'
         )
@@ -173,7 +177,7 @@ class Counting:
         return self.folder / name
 
     @staticmethod
-    def change(path: Path, old: str, new: str) -> None:
+    def change(path: Path, old: str, new: str) -> Any:
         text = path.read_text()
         assert old in text
         path.write_text(text.replace(old, new, 1))
@@ -258,6 +262,8 @@ def test_what_may_change_a_token_is_counted_again(counting: Counting) -> None:
         "limit": lambda: {"limit": 5},
         "seed": lambda: {"num_fewshot": 1, "seed": 7},
         "chat template": lambda: {"apply_chat_template": True},
+        "another task": lambda: {"task": "sums_drawn"},
+        "repeats": lambda: c.change(c.tasks / "sums_drawn.yaml", "repeats: 3", "repeats: 2") or {"task": "sums_drawn"},
         "packages": lambda: {"environment": "another lock"},
     }
     c.facts("small")
@@ -284,9 +290,10 @@ def test_files_that_are_not_what_was_written_are_counted_again(counting: Countin
     tampered = text.replace(f'"requests": {right.tasks[0].requests}', '"requests": 1000000', 1)
     foreign = other.read_text()
     rekeyed = foreign.replace(json.loads(foreign)["key"], json.loads(text)["key"])
-    for content in (text[: len(text) // 2], "", "[]", tampered, foreign, rekeyed):
+    half = text[: len(text) // 2]
+    for content in (half, half + "\x80" * 9, "", "[]", tampered, foreign, rekeyed):
         assert content != text
-        kept.write_text(content)
+        kept.write_text(content, encoding="latin-1")
         assert counting.facts("small") == right
         assert counting.tokenized, content[:200]
         assert kept.read_text() == text

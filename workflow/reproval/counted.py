@@ -46,7 +46,7 @@ class Counted:
         by_name = {task.task: task for task in kept.tasks}
         if kept != _record(self.key(hashes), kept.tasks) or {n: t.task_hash for n, t in by_name.items()} != hashes:
             return None
-        # Another suite, or a group that has the same tasks.
+        # They may have been counted for another suite.
         return [by_name[name].model_copy(update={"suite": unit.suite, "unit": unit.task}) for name in hashes]
 
     def keep(self, unit: Unit, hashes: Mapping[str, str], tasks: list[TaskFacts]) -> None:

@@ -236,7 +236,7 @@ def refusal(case: Case, dtype: Dtype) -> str | None:
         )
     if dtype == "bfloat16" and case.lacks_bfloat16:
         return (
-            f"vLLM refuses dtype bfloat16 on a GPU of compute capability below 8.0, and this one has "
+            "vLLM refuses dtype bfloat16 on a GPU of compute capability below 8.0, and this one has "
             f"{case.hardware.compute_capability}. Set `dtype` of the model, or of the policy's start, to "
             f"{'float32' if case.facts.model_type in _NO_FLOAT16 else 'float16 or float32'}, or leave it out."
         )
