@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
+from reproval.encoding import encode_pairs
 from reproval.records import ScoringPath
 
 if TYPE_CHECKING:
@@ -349,5 +350,5 @@ def test_encoding_is_lm_evals_own(model: ReprovalVLLM) -> None:
         ("1", "23"),
     ]
     expected = [model._encode_pair(*pair) for pair in pairs]
-    encoded = model._encode_pairs(pairs)
+    encoded = encode_pairs(model, pairs)
     assert [(context.tolist(), continuation.tolist()) for context, continuation in encoded] == expected

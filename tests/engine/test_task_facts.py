@@ -35,14 +35,24 @@ def unit(task: str, **settings: Any) -> Unit:
     return Unit(suite="demo", task=task, include_path=TASKS, unsafe_code=False, settings=TaskSettings(**settings))
 
 
+def silent() -> Any:
+    """A model that answers nothing sensible, and keeps the tokens that lm-eval itself makes of its requests."""
+
+    class Silent(type(encoder(str(MODEL), False))):  # type: ignore[misc]
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> Any:
+            self.pairs = [(context, continuation) for _, context, continuation in requests]
+            return [(0.0, False)] * len(requests)
+
+    return Silent()
+
+
 def asked_by_lm_eval(entry: Unit) -> list[Any]:
     """The requests that simple_evaluate makes of a model, which answers nothing sensible."""
     from lm_eval import simple_evaluate
 
-    base = encoder(str(MODEL), False)
     asked: list[Any] = []
 
-    class Recorder(type(base)):  # type: ignore[misc]
+    class Recorder(type(silent())):  # type: ignore[misc]
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
             asked.extend(requests)
             return super().loglikelihood(requests, disable_tqdm=True)
@@ -86,7 +96,7 @@ def asked_by_lm_eval(entry: Unit) -> list[Any]:
     ids=lambda entry: f"{entry.task}-{len(entry.settings.model_dump(exclude_none=True))}",
 )
 def test_the_counted_requests_are_those_that_lm_eval_makes(entry: Unit) -> None:
-    model = encoder(str(MODEL), False)
+    model = silent()
     (facts,) = unit_facts(entry, None, model)
     asked = asked_by_lm_eval(entry)
     assert facts.requests == len(asked)
@@ -104,6 +114,23 @@ def test_the_counted_requests_are_those_that_lm_eval_makes(entry: Unit) -> None:
         lengths = [1 + len(model.tok_encode(request.args[0])) for request in asked]
     assert facts.longest_request_tokens == max(lengths)
     assert sum(length * count for length, count in facts.lengths.items()) == sum(lengths)
+
+
+def test_a_template_is_compiled_once_for_all_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval import utils
+
+    compiled: list[str] = []
+    compile_template = utils.env.compile
+
+    def counted(source: str, *arguments: Any, **more: Any) -> Any:
+        compiled.append(source)
+        return compile_template(source, *arguments, **more)
+
+    manager(TASKS)
+    utils.env.from_string.cache_clear()
+    monkeypatch.setattr(utils.env, "compile", counted)
+    unit_facts(unit("demo_opposites"), None, encoder(str(MODEL), False))
+    assert compiled and len(compiled) == len(set(compiled))
 
 
 def test_every_choice_of_the_one_token_task_is_one_token() -> None:
@@ -125,7 +152,7 @@ def test_the_hash_of_a_task_follows_its_prompts_and_nothing_else() -> None:
 def test_the_chat_template_is_named_by_its_hash_where_it_is_applied(asked: bool) -> None:
     entry = unit("demo_opposites", limit=2, apply_chat_template=asked)
     run = SimpleNamespace(seed=None)  # all that is read of a run
-    model = encoder(str(MODEL), False)
+    model = silent()
     results, _ = engine.scored_by_lm_eval(model, entry, run)
     template = model.tokenizer.chat_template.encode()
     assert results.get("chat_template_sha") == (hashlib.sha256(template).hexdigest() if asked else None)

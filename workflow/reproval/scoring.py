@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
-import numpy as np
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import maybe_truncate, postprocess_generated_text
 from lm_eval.models.vllm_causallms import VLLM
@@ -23,6 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
+from reproval.encoding import as_tokens, encode_pairs, encode_texts
 from reproval.engine_requests import Job, Progress, ahead, read_answer, run_jobs, sampling_params
 from reproval.records import ScoringPath
 from reproval.request_cache import RequestCache, request_digest
@@ -97,10 +97,6 @@ class _Wanted:
     digest: bytes
     items: list[_Item]
     again: bool = False
-
-
-def _array(tokens: Sequence[int]) -> Tokens:
-    return np.array(tokens, dtype=np.int32)
 
 
 @register_model("reproval-vllm")
@@ -213,7 +209,7 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
             return cast("list[Result]", super().loglikelihood(requests, disable_tqdm=disable_tqdm))
 
         def encode(window: list[tuple[int, Instance]]) -> list[_Item]:
-            encoded = self._encode_pairs([request.args for _, request in window])
+            encoded = encode_pairs(self, [request.args for _, request in window])
             return [
                 _Item(position, request.task_name or "", request.args, *cut_left(*pair, self.max_length - 1))
                 for (position, request), pair in zip(window, encoded, strict=True)
@@ -227,7 +223,7 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
     ) -> list[Result]:
         if self.scoring != "stock":
             items = (
-                _Item(position, "", name, *cut_left(_array(context), _array(continuation), self.max_length - 1))
+                _Item(position, "", name, *cut_left(as_tokens(context), as_tokens(continuation), self.max_length - 1))
                 for position, (name, context, continuation) in enumerate(requests)
             )
             return self._score(windows(items, self.submit_batch), len(requests), disable_tqdm)
@@ -236,31 +232,6 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
             self._counts[task]["cut"] += len(context) + len(continuation) > self.max_length - 1
         self._stock_tasks = []
         return cast("list[Result]", super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm))
-
-    def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Tokens, Tokens]]:
-        """The encoding of TemplateLM.loglikelihood and _encode_pair (lm-eval 0.4.13), for many pairs at once.
-
-        A context that many continuations share is encoded once, and a fast tokenizer uses all cores.
-        """
-        kept = [context.rstrip() for context, _ in pairs]
-        wholes = self._encode_texts({context + continuation for context, continuation in pairs if context})
-        contexts = {text: _array(ids) for text, ids in self._encode_texts(kept).items()}
-        encoded = []
-        for (context, continuation), kept_context in zip(pairs, kept, strict=True):
-            if context:
-                # Trailing spaces go over to the continuation, so the text as a whole stays the same.
-                ids = contexts[kept_context]
-                encoded.append((ids, _array(wholes[context + continuation][len(ids) :])))
-                continue
-            alone = self.tok_encode(continuation, add_special_tokens=False)
-            prefix = self.prefix_token_id
-            first, rest = ([prefix], alone) if prefix != alone[0] else (alone[:1], alone[1:])
-            encoded.append((_array(first), _array(rest)))
-        return encoded
-
-    def _encode_texts(self, texts: Iterable[str]) -> dict[str, list[int]]:
-        unique = [text for text in dict.fromkeys(texts) if text]
-        return {"": [], **dict(zip(unique, self.tok_encode(unique), strict=True))}
 
     def _score(
         self, item_windows: Iterator[list[_Item] | None], total: int, quiet: bool, greedy: bool = True
@@ -397,7 +368,7 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
 
         def encoded() -> Iterator[tuple[int, Instance, list[int]]]:
             for window in windows(enumerate(requests), TEXTS_AT_ONCE):
-                tokens = self._encode_texts(request.args[0] for _, request in window)
+                tokens = encode_texts(self, (request.args[0] for _, request in window))
                 yield from ((index, request, tokens[request.args[0]]) for index, request in window)
 
         def items() -> Iterator[_Item]:
@@ -411,7 +382,7 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
                 pairs = [make_disjoint_window(pair) for pair in rolling] or [([], [])]
                 for number, (context, continuation) in enumerate(pairs, 1):
                     owners.append(index)
-                    span, cut = cut_left(_array(context), _array(continuation), self.max_length - 1)
+                    span, cut = cut_left(as_tokens(context), as_tokens(continuation), self.max_length - 1)
                     last = number == len(pairs)
                     yield _Item(len(owners) - 1, request.task_name or "", None, span, cut, last)
 
@@ -523,4 +494,4 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
         shown = kwargs | {"until": until, "max_gen_toks": max_gen_toks}
         # By the lengths: where an answer leaves no room for a prompt, lm-eval may keep as many tokens as there were.
         cut = len(context) + max_gen_toks > self.max_length
-        return _Prompt(position, request.task_name or "", request.args[0], _array(tokens), cut, shown, params)
+        return _Prompt(position, request.task_name or "", request.args[0], as_tokens(tokens), cut, shown, params)

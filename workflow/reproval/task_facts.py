@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from reproval import encoding
 from reproval.counted import Counted
+from reproval.encoding import as_tokens, encode_pairs, encode_texts
 from reproval.files import sha256_bytes, sha256_file, sha256_json
 from reproval.folders import model_config
 from reproval.records import ModelManifest, RequestType, TaskFacts
+from reproval.requests import Tokens, windows
 from reproval.seeds import Seed
 from reproval.settings import Unit
 from reproval.tasks import built
@@ -19,6 +22,8 @@ from reproval.tasks import built
 # What lm-eval's vLLM backend generates when a task does not say (VLLM.__init__, max_gen_toks).
 DEFAULT_MAX_GEN_TOKS = 256
 BLOCK_TOKENS = 16
+REQUESTS_AT_ONCE = 1024
+"""Requests that are encoded in one call: enough for all cores, and a bound on the memory of long texts."""
 # All other files of a manifest count as the tokenizer's: vocabulary, merges, chat templates, code.
 _NOT_THE_TOKENIZERS = ("*.safetensors", "*.safetensors.index.json", "generation_config.json")
 
@@ -37,7 +42,6 @@ def encoder(folder: str, trust_remote_code: bool) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            self.pairs: list[tuple[list[int], list[int]]] = []
 
         @property
         def eot_token_id(self) -> int:
@@ -52,13 +56,19 @@ def encoder(folder: str, trust_remote_code: bool) -> Any:
         def tokenizer_name(self) -> str:
             return str(self.tokenizer.name_or_path)
 
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-            if not string:
-                return []
+        def tok_encode(
+            self, string: str | list[str], add_special_tokens: bool | None = None, **_: Any
+        ) -> list[int] | list[list[int]]:
+            texts = [string] if isinstance(string, str) else string
+            bos = self.tokenizer.decode(self.prefix_token_id)
             special = _add_special_kwargs(add_special_tokens, None)
-            if has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
-                special["add_special_tokens"] = False
-            return list(self.tokenizer(string, return_attention_mask=False, **special).input_ids)
+            found: dict[str, list[int]] = {"": []}
+            for begun in (False, True):
+                if part := [text for text in texts if text and has_bos_prefix(text, bos) == begun]:
+                    without = {"add_special_tokens": False} if begun else {}
+                    encoded = self.tokenizer(part, return_attention_mask=False, **(special | without))
+                    found.update(zip(part, encoded.input_ids, strict=True))
+            return found[string] if isinstance(string, str) else [found[text] for text in texts]
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             import jinja2
@@ -82,8 +92,7 @@ def encoder(folder: str, trust_remote_code: bool) -> Any:
         def _loglikelihood_tokens(
             self, requests: Any, disable_tqdm: bool = False, **_: Any
         ) -> list[tuple[float, bool]]:
-            self.pairs = [(context, continuation) for _, context, continuation in requests]
-            return [(0.0, False)] * len(requests)
+            raise NotImplementedError("counted from the text alone")
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             raise NotImplementedError("counted from the text alone")
@@ -114,7 +123,7 @@ def counted_with(manifest: ModelManifest, model: Any, trust_remote_code: bool, e
         "trust_remote_code": trust_remote_code,
         "environment": environment,
         # Nobody has to remember to raise a number when the code below counts otherwise.
-        "code": sha256_file(Path(__file__)),
+        "code": [sha256_file(Path(module)) for module in (__file__, encoding.__file__)],
     }
 
 
@@ -149,52 +158,66 @@ def _facts(unit: Unit, name: str, task: Any, task_hash: str, model: Any) -> Task
 
 def _lengths(kind: RequestType, instances: list[Any], model: Any) -> dict[str, Any]:
     """The countable fields of TaskFacts, for requests of one kind."""
-    repeats = [instance.repeats or 1 for instance in instances]
-    if kind == "loglikelihood":
-        model.loglikelihood(instances, disable_tqdm=True)
-        pairs = model.pairs
-    elif kind == "loglikelihood_rolling":
-        # Every token is scored once; one more is the prefix token that the first is conditioned on.
-        pairs = [([model.prefix_token_id], model.tok_encode(instance.args[0])) for instance in instances]
-    else:
-        pairs = [(model.tok_encode(instance.args[0]), []) for instance in instances]
-    generated = [
-        int(instance.args[1].get("max_gen_toks") or DEFAULT_MAX_GEN_TOKS) if kind == "generate_until" else 0
-        for instance in instances
-    ]
     lengths: Counter[int] = Counter()
-    for (context, continuation), new, repeat in zip(pairs, generated, repeats, strict=True):
-        lengths[len(context) + len(continuation) + new] += repeat
+    sums: Counter[str] = Counter()
 
-    def total(values: Iterable[int]) -> int:
-        return sum(value * repeat for value, repeat in zip(values, repeats, strict=True))
+    def contexts() -> Iterator[Tokens]:
+        for instance, context, continuation in _encoded(kind, instances, model):
+            repeat = instance.repeats or 1
+            new = int(instance.args[1].get("max_gen_toks") or DEFAULT_MAX_GEN_TOKS) if kind == "generate_until" else 0
+            lengths[len(context) + len(continuation) + new] += repeat
+            sums.update(
+                requests=repeat,
+                context_tokens=len(context) * repeat,
+                continuation_tokens=len(continuation) * repeat,
+                generation_tokens=new * repeat,
+                one_token_continuations=repeat if kind == "loglikelihood" and len(continuation) == 1 else 0,
+            )
+            yield context
 
+    unique = _unique_prefix_tokens(contexts())
     return {
-        "requests": sum(repeats),
-        "context_tokens": total(len(context) for context, _ in pairs),
-        "continuation_tokens": total(len(continuation) for _, continuation in pairs),
-        "generation_tokens": total(generated),
+        **sums,
         "longest_request_tokens": max(lengths),
         "lengths": dict(sorted(lengths.items())),
-        "one_token_continuations": total(int(len(c) == 1) for _, c in pairs) if kind == "loglikelihood" else 0,
-        "unique_prefix_tokens": _unique_prefix_tokens(context for context, _ in pairs),
+        "unique_prefix_tokens": unique,
     }
 
 
-def _unique_prefix_tokens(contexts: Iterable[list[int]]) -> int:
+def _encoded(kind: RequestType, instances: list[Any], model: Any) -> Iterator[tuple[Any, Tokens, Tokens]]:
+    """Each request with its context and its continuation, encoded window by window."""
+    nothing, prefix = as_tokens([]), as_tokens([model.prefix_token_id])
+    for window in windows(instances, REQUESTS_AT_ONCE):
+        if kind == "loglikelihood":
+            pairs = encode_pairs(model, [instance.args for instance in window])
+        else:
+            texts = encode_texts(model, (instance.args[0] for instance in window))
+            tokens = [as_tokens(texts[instance.args[0]]) for instance in window]
+            # Every token of a text is scored once; the prefix token is what the first is conditioned on.
+            rolling = kind == "loglikelihood_rolling"
+            pairs = [(prefix, each) if rolling else (each, nothing) for each in tokens]
+        yield from ((instance, *pair) for instance, pair in zip(window, pairs, strict=True))
+
+
+def _unique_prefix_tokens(contexts: Iterable[Tokens]) -> int:
     """Context tokens that a prefix cache with whole blocks of 16 has to compute: blocks seen before cost nothing."""
     seen: set[int] = set()
     computed = 0
+    last: Tokens | None = None
     for context in contexts:
+        whole = len(context) - len(context) % BLOCK_TOKENS
+        computed += len(context) - whole
+        # Choices of one question share the very object.
+        if context is last:
+            continue
+        last = context
         # The running hash stands for the whole prefix up to a block's end, as in vLLM's block hashes.
         prefix = 0
-        for begin in range(0, len(context), BLOCK_TOKENS):
-            block = tuple(context[begin : begin + BLOCK_TOKENS])
-            prefix = hash((prefix, block))
-            if len(block) < BLOCK_TOKENS or prefix not in seen:
-                computed += len(block)
-            if len(block) == BLOCK_TOKENS:
+        for begin in range(0, whole, BLOCK_TOKENS):
+            prefix = hash((prefix, context[begin : begin + BLOCK_TOKENS].tobytes()))
+            if prefix not in seen:
                 seen.add(prefix)
+                computed += BLOCK_TOKENS
     return computed
 
 
