@@ -130,7 +130,8 @@ def test_a_template_is_compiled_once_for_all_prompts(monkeypatch: pytest.MonkeyP
     utils.env.from_string.cache_clear()
     monkeypatch.setattr(utils.env, "compile", counted)
     unit_facts(unit("demo_opposites"), None, encoder(str(MODEL), False))
-    assert compiled and len(compiled) == len(set(compiled))
+    assert compiled
+    assert len(compiled) == len(set(compiled))
 
 
 def test_every_choice_of_the_one_token_task_is_one_token() -> None:
