@@ -36,6 +36,7 @@ from reproval.tiers import Tiers, load_tiers, schema
 
 ROOT = Path(__file__).parents[2]
 TIERS = load_tiers(ROOT / "config" / "tiers.yaml")
+MEASURED = yaml.safe_load((ROOT / "tests/unit/measured_peaks.yaml").read_text(encoding="utf-8"))
 ASKED = ModelConfig(path="models/m")
 SIZES = (24, 40, 48, 80, 141)
 
@@ -282,6 +283,23 @@ def test_measured_peaks_of_qwen3_4b(runner: Any, tokens: int, gib: float) -> Non
     """NVML on an H100, lm-eval's own requests of 8,000 tokens, utilization 0.92: within 1 %."""
     found = predict(facts("Qwen3-4B"), stock(tokens), summarize([LONG_PROMPTS]), H100, runner, "stock")
     assert found.peak_bytes / GIB == pytest.approx(gib, rel=0.01)
+
+
+@pytest.mark.parametrize("row", MEASURED["rows"], ids=lambda row: f"{row['model']}-{row['runner']}-{row['side']}")
+def test_measured_peaks(row: dict[str, Any]) -> None:
+    """NVML on an H100, tests/gpu/memory_bench.py: within 3 %."""
+    work = summarize(
+        [
+            task(requests=row["requests"], context=7992, longest=8000),
+            task("generate_until", requests=row["generations"], context=500, longest=756, generated=256),
+        ]
+    )
+    common = {"dtype": "bfloat16", "max_model_len": 8016, "enforce_eager": True, "submit_batch": 128}
+    batched = 8192 if row["side"] == "auto" else 16384
+    settings = EngineSettings.model_validate(common | {"max_num_batched_tokens": batched} | row["settings"])
+    scoring = "suffix" if row["side"] == "auto" else "stock"
+    found = predict(facts(row["model"]), settings, work, gpu(79.6), row["runner"], scoring)
+    assert found.peak_bytes / GIB == pytest.approx(row["peak_gib"], rel=0.03)
 
 
 def test_the_classic_failure_is_predicted_and_planned_around() -> None:

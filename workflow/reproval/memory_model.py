@@ -39,7 +39,10 @@ LOGIT_ROWS_PER_CHUNK = 1024
 VOCABULARY_PADDING = 64
 CONTEXT_BYTES = 512 * MIB
 """CUDA context of one process, about 0.5 GiB; it comes before vLLM's first look at the memory."""
-NCCL_BYTES = 1536 * MIB
+KERNELS_BYTES = 224 * MIB
+"""Code of kernels, which CUDA loads when they are first used, so within vLLM's budget. Two failures on an H200 told of
+744 and 749 MiB beside PyTorch's memory, context included (tests/unit/engine_logs)."""
+NCCL_BYTES = 1280 * MIB
 """NCCL buffers and the custom all-reduce workspace of one rank when there is more than one: measured with two H200s."""
 GRAPHS_BASE_BYTES = 256 * MIB
 GRAPHS_BYTES_PER_LAYER = 12 * MIB
@@ -336,13 +339,14 @@ def predict(
     activations = activations_bytes(facts, settings)
     sampler = sampler_bytes(facts, settings, runner, work.generated_tokens > 0)
     graphs = 0 if settings.enforce_eager else GRAPHS_BASE_BYTES + GRAPHS_BYTES_PER_LAYER * facts.layers
-    context = (CONTEXT_BYTES + (NCCL_BYTES if tp > 1 else 0)) if on_gpu else 0
+    kernels = KERNELS_BYTES if on_gpu else 0
+    context = (CONTEXT_BYTES + kernels + (NCCL_BYTES if tp > 1 else 0)) if on_gpu else 0
     transient = prompt_logprobs_bytes(facts, settings, runner, work.longest_tokens) * work.loglikelihood
     if settings.kv_cache_memory_bytes is not None:
         cache = settings.kv_cache_memory_bytes
     else:
         requested = math.ceil(hardware.gpu_memory_bytes * (settings.gpu_memory_utilization or 0))
-        cache = max(0, requested - weights - activations - sampler - graphs)
+        cache = max(0, requested - weights - activations - sampler - graphs - kernels)
     peak = weights + cache + activations + transient + sampler + graphs + context
     host = host_bytes(settings, work, scoring, on_gpu)
     return MemoryPrediction(

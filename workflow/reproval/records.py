@@ -261,7 +261,7 @@ class MemoryPrediction(Part):
     prompt_logprobs_bytes: int
     sampler_bytes: int
     cuda_graphs_bytes: int
-    context_bytes: int = Field(description="CUDA context and NCCL, which vLLM never charges to its budget.")
+    context_bytes: int = Field(description="CUDA context, code of kernels, and NCCL.")
     peak_bytes: int = Field(description="What NVML should show at the peak.")
     host_bytes: int = Field(description="Resident memory of the process tree.")
 
