@@ -632,12 +632,12 @@ def test_golden_reasons() -> None:
     [lever] = plan.levers
     assert (lever.lever, lever.before, lever.after, lever.changes_scores) == ("quantization", "None", "fp8", True)
     assert lever.reason == (
-        "without a lever at least 138.14 GiB would be needed and 76.00 GiB may be planned; with those pulled, the "
+        "without a lever at least 138.36 GiB would be needed and 76.00 GiB may be planned; with those pulled, the "
         "predicted peak is 76.00 GiB"
     )
     refused = planned("Llama-2-13b-hf", gpu(24))
     assert refused.advice == (
-        "28.97 GiB would be needed on one GPU even with the most frugal score-neutral settings that the policy "
+        "29.20 GiB would be needed on one GPU even with the most frugal score-neutral settings that the policy "
         "allows; there are 24.00 GiB on each of 1. 2 such GPUs with tensor parallelism would do. So would "
         "quantization (fp8 or bitsandbytes) on one GPU, which changes scores: set `quantization` for the model, or "
         "choose a policy whose tier allows it."
@@ -754,7 +754,7 @@ def test_the_table_says_what_cannot_run(files: list[str], tmp_path: Path, capsys
     assert "GiB host" in lines[2]
     assert "quantization=bitsandbytes*" in lines[3]
     assert "cannot run" in lines[4]
-    assert any(line.startswith("Llama-2-13b-hf cannot run. 28.97 GiB") for line in lines)
+    assert any(line.startswith("Llama-2-13b-hf cannot run. 29.20 GiB") for line in lines)
     assert lines[-1] == "* changes scores, which are marked in every result: Llama-3.1-70B"
     assert command.main(["table", "--strict", *paths]) == 1
     assert command.main(["table", "--strict", *paths[:2]]) == 0
