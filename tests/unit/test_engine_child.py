@@ -62,6 +62,8 @@ def test_variables_of_the_caller_that_change_what_runs_stand_in_the_provenance()
         "VLLM_CACHE_ROOT": "/home/alice/cache",
         "VLLM_TUNED_CONFIG_FOLDER": "/home/alice/tuned",
         "VLLM_API_KEY": "x",
+        "VLLM_DIST_IDENT": "vllm_dist_e120a17c",  # this and the next: vLLM's own, other ones at every start
+        "VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME": "vllm_mm_uWU12ISaSWOstYaR6qD8_A",
         "PATH": "/bin",
     }
     child = evaluate.child_environment(caller, run_file(batch_invariant=True))

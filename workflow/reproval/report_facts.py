@@ -223,7 +223,7 @@ def _made_with(unit: UnitData, p: Provenance) -> dict[str, str]:
         "node": p.node,
         "seeds": ", ".join(f"{k}={v}" for k, v in sorted(p.seeds.items())),
         "batch invariant": "yes" if p.batch_invariant else "no",
-        "engine variables": ", ".join(f"{k}={v}" for k, v in p.engine_variables.items()),
+        **{f"variable {name}": value for name, value in p.engine_variables.items()},
         "chat template SHA-256": unit.result.lm_eval.get("chat_template_sha"),
         "special tokens": _special_tokens(unit.result.lm_eval),
     }
