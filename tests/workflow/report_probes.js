@@ -48,6 +48,18 @@ const probes = {
     };
   },
 
+  printed() {
+    for (const { cssRules } of document.styleSheets) {
+      for (const rule of cssRules) if (rule.media?.mediaText === "print") rule.media.mediaText = "screen";
+    }
+    const input = document.getElementById("all-scores").parentElement.previousElementSibling.querySelector("input");
+    const count = () => rows("all-scores").filter((row) => getComputedStyle(row).display !== "none").length;
+    const whole = count();
+    input.value = "capitals";
+    input.dispatchEvent(new Event("input"));
+    return { whole, filtered: count() };
+  },
+
   theme() {
     const button = document.getElementById("theme");
     const now = () => [getComputedStyle(document.body).backgroundColor, button.getAttribute("aria-label")];

@@ -104,7 +104,8 @@ def test_every_number_of_the_page_is_that_of_its_record(built: Report, page: Pat
             assert float(raw) == cell.value
             mark = "†" if cell.score_levers else ""
             interval = f"{words.number(cell.low)} to {words.number(cell.high)}"
-            assert re.sub(r"\s+", "", text) == re.sub(r"\s+", "", words.number(cell.value) + mark + interval)
+            cut = f"{cell.prompts_cut} prompts cut" if cell.prompts_cut else ""
+            assert re.sub(r"\s+", "", text) == re.sub(r"\s+", "", words.number(cell.value) + mark + interval + cut)
     assert len(shown["pairs"]) == len(built.comparisons)
     for row, pair in zip(shown["pairs"], built.comparisons, strict=True):
         assert float(row[3][0]) == pair.effect
@@ -196,6 +197,14 @@ def test_screenshots_can_be_taken(page: Path, tmp_path: Path, width: int, dark: 
     assert head[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", head[16:24]) == (width, 2400)
     assert picture.stat().st_size > 50_000
+
+
+def test_all_pages_of_a_table_are_printed_and_what_was_filtered_out_is_not(
+    built: Report, page: Path, tmp_path: Path
+) -> None:
+    found = ask(page, tmp_path, "printed")
+    assert found["whole"] == len(built.scores.rows) > 100
+    assert found["filtered"] == sum("capitals" in row for row in built.scores.rows) > 1
 
 
 def test_it_prints(page: Path, tmp_path: Path) -> None:

@@ -53,7 +53,12 @@
       page = Math.min(page, pages - 1);
       const from = paged ? page * size : 0;
       const visible = new Set(rows.slice(from, from + size));
-      for (const row of all) row.classList.toggle("off", !visible.has(row));
+      const matching = new Set(rows);
+      // Rows of another page are printed, those that do not match are not.
+      for (const row of all) {
+        row.classList.toggle("off", !matching.has(row));
+        row.classList.toggle("later", matching.has(row) && !visible.has(row));
+      }
       status.textContent = rows.length === 0 ? "Nothing matches"
         : paged ? `${from + 1} to ${from + visible.size} of ${rows.length}`
         : rows.length < all.length ? `${rows.length} of ${all.length}` : "";

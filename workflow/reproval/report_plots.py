@@ -116,7 +116,9 @@ def scores(line: Headline, models: Sequence[str], shared: tuple[float, float], n
             if cell.low is not None and cell.high is not None:
                 axes.plot([cell.low, cell.high], [row, row], color=colour, linewidth=2.6, alpha=0.45)
             hollow = bool(cell.score_levers)
-            axes.plot([cell.value], [row], "o", ms=8, mfc=_BAND if hollow else colour, mec=colour, mew=1.8)
+            fill = _BAND if hollow else colour
+            # Not clipped: a score of 0 or 1 lies on the edge.
+            axes.plot([cell.value], [row], "o", ms=8, mfc=fill, mec=colour, mew=1.8, clip_on=False)
             axes.text(
                 1 + 10 / (SCORE_WIDTH - left - right), row, number(cell.value) + ("†" if hollow else ""),
                 transform=axes.get_yaxis_transform(), va="center", ha="left", fontsize=11, fontweight="bold",
