@@ -34,6 +34,7 @@ class Task:
     subtasks: int = 0
     suite: str = "demo"
     shots: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Model:
     failures: tuple[str, ...] = ()
     cut: int = 0
     provenance: dict[str, Any] = field(default_factory=dict)
+    remote_code: bool = False
     repeat: int = 0
     flips: float = 0.05  # share of the questions that a repeat answers otherwise
 
@@ -365,13 +367,13 @@ def write_project(
                     "quantization": None,
                     "kv_cache_dtype": "auto",
                     "max_model_len": _settings(model, 0).max_model_len,
-                    "trust_remote_code": False,
+                    "trust_remote_code": model.remote_code,
                     "seed": 1234,
                     "batch_invariant": False,
                 },
                 "suite": task.suite,
                 "task": task.name,
-                "settings": {"num_fewshot": task.shots},
+                "settings": {"num_fewshot": task.shots, **task.settings},
                 "seed": 1234 + model.repeat,
                 "tasks": {name: _hash("task", name) for name in names},
             }

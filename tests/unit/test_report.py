@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,62 @@ def test_what_was_done_and_what_failed_and_what_was_cut_is_there(built: Report) 
     ]  # fmt: skip
     assert [(c.model, c.task, c.cut) for c in built.cuts] == [("strong", "sums", 7)]
     assert [m.device for m in built.memory] == ["host", "GPU"]
+
+
+def test_what_marks_scores_is_said_first(tmp_path: Path) -> None:
+    short = synthetic.Task("capitals", documents=20, settings={"limit": 20, "apply_chat_template": True})
+    part = synthetic.Task("sums", "generation", documents=30, settings={"limit": 0.1})
+    models = (
+        MODELS[1],
+        synthetic.Model("own-code", remote_code=True),
+        synthetic.Model("changed", provenance={"git_dirty": True}),
+    )
+    project = synthetic.write_project(tmp_path, models, (short, part, synthetic.DEMO_TASKS[3]))
+    built = report.build(collect.load(project.results, project.evaluations))
+    assert [notice.text for notice in built.notices] == [
+        "† Score-changing levers were pulled for strong: the marked numbers are not those of the checkpoint as "
+        "published.",
+        "Only the first 20 documents of each task were asked in demo/capitals (limit): for trying out, not for "
+        "publishing.",
+        "Only the first 10 % of the documents of each task were asked in demo/sums (limit): for trying out, not for "
+        "publishing.",
+        "Prompts that were longer than the engine's length lost their beginning: 7 for strong.",
+        "Python code that came with the checkpoint was allowed to run for own-code (trust_remote_code).",
+        "The workflow had changes beyond its Git commit when it evaluated changed.",
+    ]  # fmt: skip
+    assert [line.limit for line in built.headlines] == [20, 0.1, None]
+    assert [task.settings for task in built.provenance.tasks] == [
+        {"limit": "20", "chat template": "true"}, {"limit": "0.1"}, {},
+    ]  # fmt: skip
+    text, page = report_markdown.render(built), report_html.render(built)
+    for notice in built.notices:
+        assert f"> {notice.text}" in text
+        assert notice.text.replace("'", "&#39;") in page
+    assert "20 (limit 20)" in text
+
+
+def test_a_plain_evaluation_has_no_notices(built: Report, models: list[collect.ModelData]) -> None:
+    assert report.build(models[:1]).notices == []
+    assert len(built.notices) == 2
+
+
+def test_a_task_of_two_suites_is_told_apart_wherever_it_stands(tmp_path: Path) -> None:
+    tasks = [
+        synthetic.Task("capitals", documents=200, suite=suite, shots=shots) for suite, shots in (("a", 0), ("b", 5))
+    ]
+    one = synthetic.write_project(tmp_path / "one", MODELS, tasks)
+    other = synthetic.write_project(tmp_path / "other", [synthetic.Model("third")], [replace(tasks[0], documents=9)])
+    loaded = collect.load(one.results, one.evaluations) + collect.load(other.results, other.evaluations)
+    built = report.build(loaded)
+    assert len(built.findings) == 2
+    assert {finding.partition(":")[0] for finding in built.findings} == {"capitals (a)", "capitals (b)"}
+    text = report_markdown.render(built)
+    named = [line for line in text.splitlines() if "capitals" in line]
+    assert len(named) > 20
+    assert [line for line in named if not re.search(r"capitals \([ab]\)|task:[ab]/capitals", line)] == []
+    rows = re.findall(r"<th scope=\"row\"[^>]*>capitals.*", report_html.render(built))
+    assert len(rows) > 20
+    assert [row for row in rows if not re.search(r"(<small[^>]*>|· )[ab]</small>", row)] == []
 
 
 def test_memory_is_that_of_the_record_and_its_curve_reaches_the_peak(

@@ -49,6 +49,7 @@ def headlines(table: Iterable[dict[str, Any]], models: Sequence[str], preference
                 group=first["group"],
                 subtasks=len(subtasks.get((suite, task), ())) if first["group"] else 0,
                 n_shot=first["n_shot"],
+                limit=first["limit"],
                 cells=[_cell(cells[model]) if model in cells else None for model in models],
             )
         )

@@ -26,7 +26,7 @@ from reproval.templates import FOLDER
 
 SCORE_COLUMNS = [
     "model", "suite", "task", "metric", "filter", "value", "stderr", "n", "interval_low", "interval_high",
-    "interval_method", "repeats", "repeat_sd", "higher_is_better", "group", "top", "n_shot", "score_levers",
+    "interval_method", "repeats", "repeat_sd", "higher_is_better", "group", "top", "n_shot", "limit", "score_levers",
     "prompts_cut", "task_version", "task_hash", "key",
 ]  # fmt: skip
 
@@ -52,15 +52,21 @@ def build(models: Sequence[ModelData], manifests: Manifests | None = None, proje
     if any(m.noise for m in whole):
         methods["repeats"] = known["repeats"]
     rows = [[row[c] for c in SCORE_COLUMNS] for row in table]
+    fits = [report_facts.fit(m) for m in whole]
+    cuts = [cut for m in models for cut in report_facts.cuts(m)]
+    several = len({line.suite for line in lines}) > 1
     content: dict[str, Any] = {
         "title": words.title(labels, len(lines)),
         "answer": words.answer(lines, labels, pairs),
-        "findings": [words.finding(p) for p in pairs if p.significant],
+        "notices": words.notices(
+            fits, lines, cuts, report_facts.with_remote_code(models), report_facts.with_changed_workflow(models)
+        ),
+        "findings": [words.finding(p, several) for p in pairs if p.significant],
         "models": labels,
         "headlines": lines,
         "comparisons": pairs,
         "untested": untested,
-        "fits": [report_facts.fit(m) for m in whole],
+        "fits": fits,
         "memory": [report_facts.memory(m) for m in whole],
         "timing": [report_facts.timing(m) for m in models],
         "attempts": [
@@ -68,7 +74,7 @@ def build(models: Sequence[ModelData], manifests: Manifests | None = None, proje
             for m in models
             for i, a in enumerate(m.evaluation.attempts, start=1)
         ],
-        "cuts": [cut for m in models for cut in report_facts.cuts(m)],
+        "cuts": cuts,
         "provenance": report_facts.provenance(models, manifests or Manifests()),
         "commands": report_facts.commands(models),
         "methods": methods,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -47,6 +47,7 @@ class Headline(Part):
     group: bool
     subtasks: int
     n_shot: int | None
+    limit: float | None = Field(default=None, description="First N documents of each task, or below 1 a fraction.")
     cells: list[Cell | None]
 
 
@@ -163,6 +164,9 @@ class TaskProvenance(Part):
     version: str | None
     n_shot: int | None
     dataset: str | None
+    settings: dict[str, str] = Field(
+        default={}, description="What the configuration set for lm-eval; the rest is the task's own."
+    )
     hashes: dict[str, str] = Field(description="Prompt hash -> the models that have it.")
 
 
@@ -181,10 +185,18 @@ class ScoreTable(Part):
     rows: list[list[Any]]
 
 
+class Notice(Part):
+    """What a reader has to know before using a number, in a sentence, and the section that says more."""
+
+    text: str
+    section: Literal["fit", "cuts", "provenance"]
+
+
 class Report(Record):
     kind: str = "report"
     title: str
     answer: str
+    notices: list[Notice]
     findings: list[str]
     models: list[str]
     headlines: list[Headline]

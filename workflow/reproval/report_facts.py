@@ -189,6 +189,26 @@ def cuts(model: ModelData) -> list[Cut]:
 # --- provenance ----------------------------------------------------------------------------------------------------
 
 
+def with_remote_code(models: Iterable[ModelData]) -> list[str]:
+    """Models whose own Python code was allowed to run."""
+    return list(
+        dict.fromkeys(
+            m.label for m in models for u in m.units if u.result.made_of.get("engine", {}).get("trust_remote_code")
+        )
+    )
+
+
+def with_changed_workflow(models: Iterable[ModelData]) -> list[str]:
+    """Models of which a result was made by a workflow that differed from its commit."""
+    return list(dict.fromkeys(m.label for m in models for u in m.units for p in u.result.made_with if p.git_dirty))
+
+
+def _task_settings(unit: UnitData) -> dict[str, str]:
+    """What the configuration set for lm-eval, by its own names; shots have a column of their own."""
+    given = collect.task_settings(unit)
+    return {name.replace("_", " "): str(value) for name, value in given.items() if value is not None}
+
+
 def _special_tokens(lm_eval: dict[str, Any]) -> str:
     """The tokenizer's own, as lm-eval found them: kind, text and number."""
     kinds = {kind: lm_eval.get(f"tokenizer_{kind}_token") for kind in ("bos", "eos", "pad")}
@@ -298,9 +318,11 @@ def provenance(models: Sequence[ModelData], manifests: Manifests) -> ReportProve
                         "version": None if version is None else str(version),
                         "n_shot": unit.result.n_shot.get(task),
                         "dataset": _dataset(unit, task, manifests),
+                        "settings": [],
                         "hashes": {},
                     },
                 )
+                entry["settings"].append(_task_settings(unit))
                 entry["hashes"].setdefault(hashed, {})[m.label] = None
     return ReportProvenance(
         common={name: str(value) for name, value in common.items()},
@@ -309,6 +331,7 @@ def provenance(models: Sequence[ModelData], manifests: Manifests) -> ReportProve
         tasks=[
             TaskProvenance(
                 suite=suite, task=task, version=e["version"], n_shot=e["n_shot"], dataset=e["dataset"],
+                settings=_merge(e["settings"]),
                 hashes={h: ", ".join(found) for h, found in e["hashes"].items()},
             )
             for (suite, task), e in tasks.items()
@@ -318,11 +341,14 @@ def provenance(models: Sequence[ModelData], manifests: Manifests) -> ReportProve
 
 
 def commands(models: Sequence[ModelData]) -> list[str]:
-    made = [unit.result.provenance for model in models for unit in model.units]
+    """What evaluates the same again elsewhere and judges it, with the bundle of these results."""
+    made = [p for model in models for unit in model.units for p in unit.result.made_with]
     commits = sorted({p.git_commit for p in made if p.git_commit})
     boxed = any(p.container for p in made)
+    engine = "gpu" if any(model.evaluation.plan.hardware.gpus for model in models) else "cpu"
+    others = f"  # some results were made at {', '.join(commits[1:])}" if len(commits) > 1 else ""
     return [
-        *(f"git checkout {commit}" for commit in commits),
-        "snakemake --cores 1" + (" --use-singularity" if boxed else ""),
-        "snakemake reproduce --config reference=FILE" + (" --use-singularity --cores 1" if boxed else " --cores 1"),
+        *(f"git checkout {commit}{others}" for commit in commits[:1]),
+        "envs/install controller" + ("" if boxed else f" {engine}"),
+        "snakemake --cores 8 reproduce --config bundle=bundle.zip" + (" --use-singularity" if boxed else ""),
     ]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from reproval.records import ScoringPath
-from reproval.report_content import Headline, Pair
+from reproval.report_content import Cut, Fit, Headline, Notice, Pair
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -22,8 +22,8 @@ def p_text(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def finding(pair: Pair) -> str:
-    """One significant difference in a sentence, told from the side of the better model."""
+def finding(pair: Pair, several: bool = False) -> str:
+    """One significant difference in a sentence, told from the side of the better model; of `several` suites, which."""
     effect, low, high, first, second = pair.effect, pair.low, pair.high, pair.a, pair.b
     if pair.better == pair.b:
         first, second = pair.b, pair.a
@@ -35,8 +35,9 @@ def finding(pair: Pair) -> str:
     )
     p = p_text(pair.p_holm)
     marks = f" With a score-changing lever: {'; '.join(pair.score_levers)}." if pair.score_levers else ""
+    where = f"{pair.task} ({pair.suite})" if several else pair.task
     return (
-        f"{pair.task}: {first} {verb} {second}, {pair.metric} {signed(effect, pair.scale)} "
+        f"{where}: {first} {verb} {second}, {pair.metric} {signed(effect, pair.scale)} "
         f"({interval}adjusted p\u00a0{p if p.startswith('<') else '= ' + p}, {pair.n:,} questions).{marks}"
     )
 
@@ -63,6 +64,50 @@ def answer(lines: Sequence[Headline], models: Sequence[str], pairs: Sequence[Pai
     reach = [p.detectable for p in pairs if p.detectable is not None and p.scale == "difference"]
     could = f" The smallest that could have been found is {number(min(reach))}." if reach else ""
     return f"No difference is significant at 5\u00a0% after correction, {same}.{could}"
+
+
+def limit(value: float) -> str:
+    """lm-eval's limit: a number of documents, or below 1 a share of them."""
+    return f"{100 * value:g} % of the documents" if value < 1 else count(round(value), "document")
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """Names as a list that stays short."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def notices(
+    fits: Sequence[Fit], lines: Sequence[Headline], cuts: Sequence[Cut], remote: Sequence[str], changed: Sequence[str]
+) -> list[Notice]:
+    """What to know before using a number.
+
+    `remote` are models whose own code was allowed to run, `changed` those that a changed workflow evaluated.
+    """
+    found = []
+    if marked := [fit.model for fit in fits if fit.changes_scores]:
+        text = f"† Score-changing levers were pulled for {some(marked)}: the marked numbers are not those of the "
+        found.append(Notice(text=f"{text}checkpoint as published.", section="fit"))
+    limits: dict[float, list[str]] = {}
+    for line in lines:
+        if line.limit is not None:
+            limits.setdefault(line.limit, []).append(f"{line.suite}/{line.task}")
+    for value, tasks in limits.items():
+        text = f"Only the first {limit(value)} of each task were asked in {some(tasks)} (limit): for trying out, not "
+        found.append(Notice(text=f"{text}for publishing.", section="provenance"))
+    prompts: dict[str, int] = {}
+    for cut in cuts:
+        prompts[cut.model] = prompts.get(cut.model, 0) + cut.cut
+    if prompts:
+        each = some([f"{number:,} for {model}" for model, number in prompts.items()])
+        text = f"Prompts that were longer than the engine's length lost their beginning: {each}."
+        found.append(Notice(text=text, section="cuts"))
+    if remote:
+        text = f"Python code that came with the checkpoint was allowed to run for {some(remote)} (trust_remote_code)."
+        found.append(Notice(text=text, section="provenance"))
+    if changed:
+        text = f"The workflow had changes beyond its Git commit when it evaluated {some(changed)}."
+        found.append(Notice(text=text, section="provenance"))
+    return found
 
 
 def count(n: int, noun: str) -> str:
