@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import pytest
+import synthetic
 from examples import engine_settings, model_facts, run_file, task_facts
 
-from reproval import engine, evaluate, provenance
+from reproval import engine, evaluate, files, provenance
 from reproval.plan import make_plan
-from reproval.records import Facts, Hardware, ModelFacts, ModelManifest
+from reproval.records import Facts, Hardware, ModelFacts, ModelManifest, UnitResult
 from reproval.settings import ModelConfig
 from reproval.tiers import load_tiers
 
@@ -45,6 +48,19 @@ def test_every_number_of_lm_eval_is_a_score() -> None:
     assert scores["mmlu_a", "acc", "none"].stderr is None
     assert scores["mmlu_a", "acc", "none"].n == 10
     assert scores["gsm8k", "exact_match", "strict-match"].stderr == 0.05
+
+
+def test_a_score_that_is_no_number_is_kept_and_read_again(tmp_path: Path) -> None:
+    given = {"ppl,none": math.nan, "ppl_stderr,none": math.nan, "bits,none": math.inf, "bits_stderr,none": "N/A"}
+    found = engine.scores_of({"results": {"prose": given}})
+    project = synthetic.write_project(tmp_path, synthetic.DEMO_MODELS[:1], synthetic.DEMO_TASKS[:1])
+    path = next(project.results.glob("tasks/*/*/result.json"))
+    files.write_record(path, files.read_record(path, UnitResult).model_copy(update={"scores": found}))
+    json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    ppl, bits = files.read_record(path, UnitResult).scores
+    assert math.isnan(ppl.value)
+    assert bits.value == math.inf
+    assert (ppl.stderr, bits.stderr) == (None, None)
 
 
 def test_no_secret_reaches_the_child() -> None:

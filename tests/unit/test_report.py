@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +24,8 @@ from reproval import (
     templates,
     words,
 )
-from reproval.files import write_record
-from reproval.records import DatasetSource, ModelManifest, ScoringPath, StoredFile, TaskManifest
+from reproval.files import read_record, write_record
+from reproval.records import DatasetSource, ModelManifest, ScoringPath, StoredFile, TaskManifest, UnitResult
 from reproval.report_content import Report
 
 TASKS = (*synthetic.DEMO_TASKS, synthetic.Task("mmlu", "group", 60, 5, shots=5))
@@ -157,6 +158,27 @@ def test_what_marks_scores_is_said_first(tmp_path: Path) -> None:
         assert f"> {notice.text}" in text
         assert notice.text.replace("'", "&#39;") in page
     assert "20 (limit 20)" in text
+
+
+@pytest.mark.parametrize(("value", "shown"), [(math.nan, "NaN"), (math.inf, "∞")])
+def test_a_score_that_is_no_number_is_shown_as_that_and_compared_with_none(
+    tmp_path: Path, value: float, shown: str
+) -> None:
+    project = synthetic.write_project(tmp_path, MODELS, synthetic.DEMO_TASKS)
+    path = next(project.results.glob("tasks/strong/demo.essays-*/result.json"))
+    result = read_record(path, UnitResult)
+    scores = [result.scores[0].model_copy(update={"value": value}), *result.scores[1:]]
+    write_record(path, result.model_copy(update={"scores": scores}))
+    built = report.build(collect.load(project.results, project.evaluations))
+    cell = built.headlines[3].cells[1]
+    assert cell is not None
+    assert (str(cell.value), cell.low) == (str(value), None)
+    assert [(item.task, item.reason) for item in built.untested] == [("essays", "a score is not a number")]
+    assert any("Scores of strong are not numbers" in notice.text for notice in built.notices)
+    assert f"| {shown}† (–) |" in report_markdown.render(built)
+    assert f"<b>{shown}†</b>" in report_html.render(built)
+    again = Report.model_validate(json.loads(built.model_dump_json(), parse_constant=pytest.fail))
+    assert str(again.headlines[3].cells[1]) == str(cell)
 
 
 def test_a_plain_evaluation_has_no_notices(built: Report, models: list[collect.ModelData]) -> None:

@@ -131,6 +131,7 @@ def test_perplexity_has_its_interval_on_the_log_scale_and_bits_on_their_own() ->
     assert math.log2(perplexity[0].high) == pytest.approx(bits[0].high)
     assert st.log_likelihood_interval(1.234, loglik, words) is None
     assert st.log_likelihood_interval(math.exp(-ratio), loglik[:1], words[:1]) is None
+    assert st.log_likelihood_interval(math.inf, np.array([-math.inf, -1.0]), words[:2]) is None
 
 
 def test_the_ratio_interval_covers_as_it_says() -> None:

@@ -33,7 +33,7 @@
   const value = (row, column) => {
     const cell = row.cells[column];
     if (cell.dataset.v === undefined) return cell.textContent.trim();
-    return cell.dataset.v === "" ? null : Number(cell.dataset.v);
+    return cell.dataset.v === "" || Number.isNaN(Number(cell.dataset.v)) ? null : Number(cell.dataset.v);
   };
   const order = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : compare(String(a), String(b)));
 

@@ -139,6 +139,8 @@ def is_mean(score: Score, values: Floats) -> bool:
 
 def score_interval(score: Score, unit: UnitData) -> Interval | None:
     """The 95 % interval of one score, from its samples where they say how it was made, else from its standard error."""
+    if not math.isfinite(score.value):
+        return None
     if score.group:
         leaves = unit.groups.get(score.task, [])
         columns = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -118,6 +119,8 @@ def side(model: ModelData, line: Headline) -> Side | str:
 
 def compare(a: Side, b: Side, alpha: float) -> Comparison | str:
     """Compare two models on the documents of one headline; else, why there is no test."""
+    if not (math.isfinite(a.score.value) and math.isfinite(b.score.value)):
+        return "a score is not a number"
     if a.sizes != b.sizes or not np.array_equal(a.documents, b.documents):
         shared = np.intersect1d(a.documents, b.documents).size
         return f"not the same documents: {a.documents.size} and {b.documents.size}, {shared} of them shared"

@@ -10,6 +10,7 @@ import argparse
 import gzip
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -173,7 +174,7 @@ def scores_of(results: dict[str, Any]) -> list[Score]:
                     metric=metric,
                     filter=filter_name,
                     value=float(value),
-                    stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
+                    stderr=float(stderr) if isinstance(stderr, (int, float)) and math.isfinite(stderr) else None,
                     n=sizes.get("effective") or values.get("sample_len"),
                     higher_is_better=better.get(metric),
                     group=task in groups,

@@ -29,9 +29,9 @@ Lever = NeutralLever | ScoreLever
 
 
 class Part(BaseModel):
-    """A piece of a record."""
+    """A piece of a record. A model that overflows scores NaN or Infinity: text in JSON, which has no such numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), ser_json_inf_nan="strings")
 
 
 class Record(Part):

@@ -137,6 +137,7 @@ class Timing(Part):
     model: str
     begin: str
     duration_s: float
+    shards: int = Field(default=1, description="Jobs whose times are summed in `duration_s` and of the tasks.")
     startup_s: float | None = Field(description="From the start of the finished attempt to its first task.")
     predicted: TimeEstimate | None
     tasks: list[TaskTime]

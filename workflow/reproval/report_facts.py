@@ -162,6 +162,7 @@ def timing(model: ModelData) -> Timing:
         model=run_name(model),
         begin=model.evaluation.begin,
         duration_s=model.evaluation.duration_s,
+        shards=model.evaluation.shards,
         startup_s=first,
         predicted=model.evaluation.plan.time,
         tasks=tasks,

@@ -133,9 +133,9 @@ def log_likelihood_interval(
 
     r = sum(numerators)/sum(weights) is the mean log-likelihood per unit of weight, in nats. exp(-r) is lm-eval's
     perplexity, and its interval is made for r and carried over; -r/ln 2 is its bits per byte. None if `value` is
-    neither, or for fewer than two documents. The second item is the scale on which two such scores compare.
+    neither, no number, or for fewer than two documents. The second item is the scale on which two such scores compare.
     """
-    if numerators.size < 2 or weights.sum() <= 0:
+    if not math.isfinite(value) or numerators.size < 2 or weights.sum() <= 0:
         return None
     ratio = float(numerators.sum() / weights.sum())
     half = student_quantile((1 + level) / 2, numerators.size - 1) * ratio_stderr(numerators, weights)

@@ -13,6 +13,8 @@ def number(value: float | None, digits: int = 3) -> str:
     """A score as people read it: fixed decimals below 10, four significant digits above."""
     if value is None:
         return "–"
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "∞" if value > 0 else "−∞"
     if abs(value) < 10:
         return f"{value:.{digits}f}"
     return f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
@@ -101,6 +103,12 @@ def notices(
         each = some([f"{number:,} for {model}" for model, number in prompts.items()])
         text = f"Prompts that were longer than the engine's length lost their beginning: {each}."
         found.append(Notice(text=text, section="cuts"))
+    if broken := list(dict.fromkeys(c.model for line in lines for c in line.cells if c and not math.isfinite(c.value))):
+        text = (
+            f"Scores of {some(broken)} are not numbers, as weights make them that are damaged or too large for their "
+        )
+        text += "type. Its other scores rest on the same weights."
+        found.append(Notice(text=text, section="provenance"))
     if remote:
         text = f"Python code that came with the checkpoint was allowed to run for {some(remote)} (trust_remote_code)."
         found.append(Notice(text=text, section="provenance"))
