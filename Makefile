@@ -64,6 +64,8 @@ schemas:
 	mv workflow/schemas/config.schema.yaml.part workflow/schemas/config.schema.yaml
 	PYTHONPATH=workflow .env/dev/bin/python -m reproval.tiers > workflow/schemas/tiers.schema.yaml.part
 	mv workflow/schemas/tiers.schema.yaml.part workflow/schemas/tiers.schema.yaml
+	PYTHONPATH=workflow .env/dev/bin/python -m reproval.reference schema > workflow/schemas/reference.schema.yaml.part
+	mv workflow/schemas/reference.schema.yaml.part workflow/schemas/reference.schema.yaml
 
 clean:
 	rm -rf .env .mypy_cache .pytest_cache .ruff_cache .hypothesis

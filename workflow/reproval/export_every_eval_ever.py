@@ -232,7 +232,7 @@ def _uncertainty(unit: UnitData, score: Score) -> dict[str, Any]:
         samples = unit.samples.get((score.task, score.filter))
         values = samples.values.get(score.metric) if samples else None
         mean = values is not None and is_mean(score, finite(values))
-        how = "pooled over the subtasks" if score.group else "analytic" if mean else "bootstrap"
+        how = "from those of the subtasks" if score.group else "analytic" if mean else "bootstrap"
         found["standard_error"] = {"value": score.stderr, "method": how}
     interval = score_interval(score, unit)
     if interval and math.isfinite(interval.low) and math.isfinite(interval.high):

@@ -42,7 +42,8 @@ class ModelConfig(Section):
         default=False, description="Accept a branch or tag as revision. What it pointed to is recorded, not promised."
     )
     dtype: Dtype | Literal["auto"] = Field(
-        default="auto", description="Weights and activations; `auto` takes the checkpoint's."
+        default="auto",
+        description="Weights and activations; `auto` takes the checkpoint's, and 16 bit for float32, as vLLM does.",
     )
     quantization: Literal["fp8", "bitsandbytes"] | None = Field(
         default=None,
