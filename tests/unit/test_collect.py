@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -30,6 +31,13 @@ def tables(project: synthetic.Project) -> tuple[Path, Path]:
     arguments = ["--results", project.results, "--evaluations", *project.evaluations, "--csv", paths[0], "--parquet"]
     assert collect.main([*map(str, arguments), str(paths[1])]) == 0
     return paths
+
+
+def test_every_column_is_explained() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs/report.md").read_text(encoding="utf-8")
+    table = text.partition("## The tables")[2].partition("\n\n`results/runs")[0]
+    cells = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")]
+    assert [name for cell in cells for name in re.findall(r"`(\w+)`", cell)] == collect.SCHEMA.names
 
 
 def results(project: synthetic.Project) -> list[UnitResult]:

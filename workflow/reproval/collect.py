@@ -1,7 +1,8 @@
 """Gather the scores of all models into one table: `python -m reproval.collect`.
 
-One row for each model, task, metric and filter, with the interval, the settings that the engine had, the score-changing
-levers that touched it, and what it was made with. The same loading serves the report, so that the two cannot disagree.
+One row for each run, task, metric and filter, with the interval, the settings that the engine had, the score-changing
+levers that touched it, and what it was made with; docs/report.md explains every column. The same loading serves the
+report, so that the two cannot disagree.
 """
 
 from __future__ import annotations
@@ -216,6 +217,8 @@ SCHEMA = pa.schema(
         ("generation", pa.string()),
         *SETTINGS.items(),
         ("batch_invariant", pa.bool_()),
+        ("trust_remote_code", pa.bool_()),
+        ("model_digest", pa.string()),
         ("task_version", pa.string()),
         ("task_hash", pa.string()),
         ("reproval_version", pa.string()),
@@ -290,6 +293,8 @@ def rows(models: Iterable[ModelData]) -> list[dict[str, Any]]:
                 **task_settings(unit),
                 **settings,
                 "batch_invariant": made.batch_invariant,
+                "trust_remote_code": result.made_of.get("engine", {}).get("trust_remote_code"),
+                "model_digest": result.made_of.get("engine", {}).get("model"),
                 "reproval_version": made.reproval_version,
                 "git_commit": made.git_commit,
                 "git_dirty": made.git_dirty,
