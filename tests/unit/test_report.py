@@ -252,6 +252,15 @@ def test_markdown_tables_are_whole(built: Report) -> None:
         assert re.fullmatch(r"\|(:?-+:?\|)+", rows[1]), table
 
 
+def test_special_tokens_are_no_html_in_markdown(tmp_path: Path) -> None:
+    project = synthetic.write_project(tmp_path, MODELS[:1], synthetic.DEMO_TASKS[:1])
+    path = next(project.results.glob("tasks/*/*/result.json"))
+    known = {"tokenizer_bos_token": ["<s>", 1], "tokenizer_eos_token": ["<|end|>", 2]}
+    write_record(path, read_record(path, UnitResult).model_copy(update={"lm_eval": known}))
+    built = report.build(collect.load(project.results, project.evaluations))
+    assert "| special tokens | bos &lt;s> = 1, eos &lt;\\|end\\|> = 2 |" in report_markdown.render(built)
+
+
 def test_the_json_is_the_content(project: synthetic.Project, built: Report, tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     arguments = ["--results", str(project.results), "--json", str(out), "--evaluations"]
@@ -413,7 +422,7 @@ def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
     )
     built = report.build(collect.load(project.results, project.evaluations))
     assert "<script>alert" not in report_html.render(built)
-    assert "alert(1)</script>\\|x" in report_markdown.render(built)
+    assert "alert(1)&lt;/script>\\|x" in report_markdown.render(built)
 
 
 def test_figures_share_no_ids(built: Report) -> None:

@@ -88,6 +88,35 @@ def test_a_score_that_fell_differs_and_the_others_stay_identical(
     assert "first difference: task version" in reproduce.table_text(found)
 
 
+def test_models_suites_and_filters_are_told_apart(tmp_path: Path) -> None:
+    tasks = [
+        synthetic.Task("sums", "generation", 40, suite=suite, shots=shots) for suite, shots in (("a", 0), ("b", 5))
+    ]
+    project = synthetic.write_project(tmp_path / "one", synthetic.DEMO_MODELS, tasks, trace=False)
+    shutil.copytree(project.results, tmp_path / "two")
+
+    def worse(line: dict[str, Any]) -> None:
+        if line["filter"] == "strict-match" and line["doc_id"] < 20:
+            line["exact_match"], line["filtered_resps"] = 1.0 - line["exact_match"], ["<s>|B"]
+
+    ((path, old),) = (
+        (p, r)
+        for p in (tmp_path / "two").glob("tasks/smollm2-135m/a.*/result.json")
+        if (r := read_record(p, UnitResult)).suite == "a"
+    )
+    shutil.copytree(path.parent, tmp_path / "edited/tasks/x/y")
+    edit(tmp_path / "edited", "sums", worse, scores=old.scores)
+    shutil.rmtree(path.parent)
+    shutil.copytree(tmp_path / "edited/tasks/x/y", path.parent)
+    _, found = judged(project.results, tmp_path / "two", tmp_path)
+    said = reproduce.table_text(found)
+    assert "sums (a) exact_match,strict-match of smollm2-135m: 40 documents, 0 prompts and 20 answers changed" in said
+    assert (
+        "sums (a) exact_match,strict-match of smollm2-135m-fp32: 40 documents, 0 prompts and 0 answers changed" in said
+    )
+    assert "<s>" not in reproduce.table_markdown(found)
+
+
 def test_prompts_are_compared_before_scores(project: synthetic.Project, other: Path, tmp_path: Path) -> None:
     def reworded(line: dict[str, Any]) -> None:
         if line["doc_id"] == 3:

@@ -10,8 +10,9 @@ PAIR_ROWS = 200
 
 
 def cell(value: object) -> str:
-    """Text that cannot break out of a table cell."""
-    return str(value).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+    """Text that cannot break out of a table cell, and is no HTML: tokens are called <s> and <bos>."""
+    text = str(value).replace("&", "&amp;").replace("<", "&lt;")
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
 
 
 def render(report: Report) -> str:

@@ -33,6 +33,7 @@ from reproval.files import RecordError, atomic, read_record, write_record
 from reproval.problems import ConfigError
 from reproval.records import Part, Record, Score
 from reproval.reference import Margin, PublishedScore, Reference
+from reproval.report_markdown import cell
 from reproval.run_file import RunFile
 from reproval.samples import TaskSamples
 from reproval.statistics import Floats, Scale
@@ -775,11 +776,17 @@ def _plus_minus(score: ScoreVerdict, value: float | None) -> str:
 COLUMNS = ("model", "task", "metric", "reference", "here", "difference [95 %]", "margin", "could show", "verdict")
 
 
+def _tasks(reproduction: Reproduction) -> list[str]:
+    """Each score's task; with its suite where there are several, as a task may be in two with other settings."""
+    several = len({score.suite for score in reproduction.scores}) > 1
+    return [f"{score.task} ({score.suite})" if several else score.task for score in reproduction.scores]
+
+
 def _rows(reproduction: Reproduction) -> list[tuple[str, ...]]:
     return [
         (
             score.model,
-            score.task,
+            task,
             score.metric if score.filter == "none" else f"{score.metric}, {score.filter}",
             _figure(score.reference),
             _figure(score.here),
@@ -788,14 +795,18 @@ def _rows(reproduction: Reproduction) -> list[tuple[str, ...]]:
             _plus_minus(score, score.detectable),
             score.verdict,
         )
-        for score in reproduction.scores
+        for score, task in zip(reproduction.scores, _tasks(reproduction), strict=True)
     ]
 
 
 def _remarks(reproduction: Reproduction) -> list[str]:
-    """First differences, what the samples say, and notes: each once, with the scores that it is about."""
-    about: dict[str, list[str]] = {}
-    for score in reproduction.scores:
+    """First differences, what the samples say, and notes: each once, with the scores that it is about.
+
+    A model is named where the same is not said of all that have the score.
+    """
+    about: dict[str, dict[str, list[str]]] = {}
+    models: dict[str, list[str]] = {}
+    for score, task in zip(reproduction.scores, _tasks(reproduction), strict=True):
         said = list(score.notes)
         if score.unlike:
             first, more = score.unlike[0], len(score.unlike) - 1
@@ -814,11 +825,19 @@ def _remarks(reproduction: Reproduction) -> list[str]:
                 + (bits or f"not the same bits{nats}")
             )
             said += [f"changed answer: {text}" for text in s.changed]
+        metric = score.metric if score.filter == "none" else f"{score.metric},{score.filter}"
+        name = f"{task} {metric}"
+        models.setdefault(name, []).append(score.model)
         for text in said:
-            about.setdefault(text, []).append(f"{score.task} {score.metric}")
+            about.setdefault(text, {}).setdefault(name, []).append(score.model)
     lines = []
     for text, scores in about.items():
-        where = "all scores" if len(scores) == len(reproduction.scores) > 1 else ", ".join(dict.fromkeys(scores))
+        if sum(map(len, scores.values())) == len(reproduction.scores) > 1:
+            where = "all scores"
+        else:
+            where = ", ".join(
+                name if found == models[name] else f"{name} of {' and '.join(found)}" for name, found in scores.items()
+            )
         lines.append(f"{where}: {text}")
     return lines
 
@@ -850,7 +869,7 @@ def table_markdown(reproduction: Reproduction) -> str:
     """The verdicts as results/reproduction.md."""
 
     def row(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(map(cell, cells)) + " |"
 
     lines = [
         f"# {reproduction.title}: {reproduction.verdict}",
@@ -861,14 +880,15 @@ def table_markdown(reproduction: Reproduction) -> str:
         row(["---"] * len(COLUMNS)),
         *map(row, _rows(reproduction)),
         "",
-        *(f"- {line}" for line in _remarks(reproduction)),
+        *(f"- {cell(line)}" for line in _remarks(reproduction)),
         "",
         f"{MEANING} Two one-sided tests and a test of difference at {ALPHA:.2g}, each corrected over the table (Holm).",
     ]
-    if unlike := [(score, entry) for score in reproduction.scores for entry in score.unlike]:
-        lines += ["", "## What was not the same", "", row(["task", "what", "reference", "here"]), row(["---"] * 4)]
-        seen = dict.fromkeys((score.task, entry.what, entry.reference, entry.here) for score, entry in unlike)
-        lines += map(row, seen)
+    pairs = zip(reproduction.scores, _tasks(reproduction), strict=True)
+    if unlike := [(s.model, task, e.what, e.reference, e.here) for s, task in pairs for e in s.unlike]:
+        head = ["model", "task", "what", "reference", "here"]
+        lines += ["", "## What was not the same", "", row(head), row(["---"] * len(head))]
+        lines += map(row, dict.fromkeys(unlike))
     return "\n".join(lines) + "\n"
 
 
