@@ -323,6 +323,7 @@ def write_project(
                     digest=f"sha256:{_hash('image')}",
                     sif_sha256=_hash("sif"),
                     runtime="apptainer 1.4.5",
+                    network="off",
                 )
                 if model.gpus
                 else None,

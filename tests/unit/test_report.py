@@ -268,6 +268,13 @@ def test_the_json_is_the_content(project: synthetic.Project, built: Report, tmp_
     assert Report.model_validate(json.loads(out.read_text(encoding="utf-8"))) == built
 
 
+def test_the_image_and_its_network_are_in_the_provenance(built: Report) -> None:
+    told = built.provenance.by_model["strong"]
+    assert told["container digest"].startswith("sha256:")
+    assert (told["container runtime"], told["container network"]) == ("apptainer 1.4.5", "off")
+    assert built.provenance.by_model["weak"]["container image"] == "none; ran in the environment of the lock"
+
+
 def test_what_was_staged_is_in_the_provenance(project: synthetic.Project, tmp_path: Path) -> None:
     commit, weights, tokenizer = "5" * 40, "1" * 64, "2" * 64
     files = [

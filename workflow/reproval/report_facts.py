@@ -231,6 +231,7 @@ def _made_with(unit: UnitData, p: Provenance) -> dict[str, str]:
         "container digest": box.digest if box else None,
         "SIF SHA-256": box.sif_sha256 if box else None,
         "container runtime": box.runtime if box else None,
+        "container network": box.network if box else None,
         "lock": p.lock,
         "model digest": engine.get("model"),
         **{f"package {name}": version for name, version in sorted(p.packages.items())},
