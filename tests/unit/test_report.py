@@ -128,6 +128,19 @@ def test_what_was_done_and_what_failed_and_what_was_cut_is_there(built: Report) 
     assert [m.device for m in built.memory] == ["host", "GPU"]
 
 
+def test_requests_that_were_kept_earlier_make_no_throughput(tmp_path: Path) -> None:
+    project = synthetic.write_project(tmp_path, MODELS[:1], synthetic.DEMO_TASKS[:3])
+    for task, kept in (("capitals", 192), ("physics_sentences", 40)):
+        path = next(project.results.glob(f"tasks/*/demo.{task}-*/result.json"))
+        result = read_record(path, UnitResult)
+        paths = {task: result.paths[task].model_copy(update={"cached": kept})}
+        write_record(path, result.model_copy(update={"paths": paths, "duration_s": 10.0}))
+    capitals, physics, sums = report.build(collect.load(project.results, project.evaluations)).timing[0].tasks
+    assert (capitals.requests_per_s, capitals.tokens_per_s) == (None, None)
+    assert (physics.requests_per_s, physics.tokens_per_s) == (12.0, None)
+    assert sums.tokens_per_s is not None
+
+
 def test_what_marks_scores_is_said_first(tmp_path: Path) -> None:
     short = synthetic.Task("capitals", documents=20, settings={"limit": 20, "apply_chat_template": True})
     part = synthetic.Task("sums", "generation", documents=30, settings={"limit": 0.1})
@@ -459,5 +472,5 @@ def test_words_of_numbers() -> None:
     assert words.size(500 * 2**20) == "500 MiB"
     assert words.duration(119.95) == "2 min 00 s"
     assert words.duration(7322) == "2 h 02 min"
-    assert words.answered(ScoringPath(requests=5, one_token=4, cached=1)) == "4 one token, 1 interrupted run"
+    assert words.answered(ScoringPath(requests=5, one_token=4, cached=1)) == "4 one token, 1 kept earlier"
     assert pytest.approx(0.05) == compare.ALPHA

@@ -54,10 +54,10 @@ const probes = {
     }
     const input = document.getElementById("all-scores").parentElement.previousElementSibling.querySelector("input");
     const count = () => rows("all-scores").filter((row) => getComputedStyle(row).display !== "none").length;
-    const whole = count();
+    const whole = count(), head = getComputedStyle(document.querySelector("#all-scores thead button")).display;
     input.value = "capitals";
     input.dispatchEvent(new Event("input"));
-    return { whole, filtered: count() };
+    return { whole, head, filtered: count() };
   },
 
   theme() {

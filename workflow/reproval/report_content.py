@@ -129,8 +129,8 @@ class TaskTime(Part):
     duration_s: float
     reused: bool
     paths: ScoringPath = Field(description="Summed over leaf tasks.")
-    requests_per_s: float | None
-    tokens_per_s: float | None
+    requests_per_s: float | None = Field(description="Of those that were not kept earlier; None if all were.")
+    tokens_per_s: float | None = Field(description="None if a request was kept earlier.")
 
 
 class Timing(Part):

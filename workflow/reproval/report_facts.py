@@ -144,7 +144,8 @@ def timing(model: ModelData) -> Timing:
             if (t.suite, t.unit) == (result.suite, result.task)
         ]  # fmt: skip
         tokens = sum(t.context_tokens + t.continuation_tokens for t in entries)
-        seconds = result.duration_s
+        # What an interrupted run or another entry had kept took no time here, and its tokens are not known apart.
+        seconds, computed = result.duration_s, paths.requests - paths.cached
         tasks.append(
             TaskTime(
                 suite=result.suite,
@@ -152,8 +153,8 @@ def timing(model: ModelData) -> Timing:
                 duration_s=seconds,
                 reused=unit.reference.reused,
                 paths=paths,
-                requests_per_s=paths.requests / seconds if seconds > 0 else None,
-                tokens_per_s=tokens / seconds if tokens and seconds > 0 else None,
+                requests_per_s=computed / seconds if computed and seconds > 0 else None,
+                tokens_per_s=tokens / seconds if tokens and not paths.cached and seconds > 0 else None,
             )
         )
     attempt = _last(model)

@@ -182,7 +182,7 @@ _PATHS = {
     "stock": "lm-eval's own request",
     "second_pass": "asked again",
     "duplicates": "equal request",
-    "cached": "interrupted run",
+    "cached": "kept earlier",
 }
 
 
