@@ -21,7 +21,7 @@ import yaml
 from reproval import bundle, scrub
 from reproval.bundle import BundleError
 from reproval.files import read_record, sha256_file, write_record
-from reproval.records import Evaluation, ModelManifest, StoredFile
+from reproval.records import Evaluation, ModelManifest, StoredFile, UnitResult
 from reproval.settings import ModelConfig, Run, TaskSettings, Unit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,6 +88,19 @@ def test_it_holds_what_another_machine_needs(project: Path, tmp_path: Path) -> N
     assert all(task["limit"] == 5 for task in suite["tasks"])
     assert asked["models"]["smollm2-135m"]["path"] == "smollm2"
     assert "model.safetensors with SHA-256 1111" in str(bundle.weights_needed(tmp_path / "out", "smollm2-135m"))
+
+
+def test_its_readme_marks_scores_that_a_lever_changed(project: Path, tmp_path: Path) -> None:
+    shutil.copytree(project, tmp_path / "project")
+    path = next((tmp_path / "project").glob("results/tasks/*/demo.capitals-*/result.json"))
+    write_record(path, read_record(path, UnitResult).model_copy(update={"score_levers": [synthetic.CAP]}))
+    make(tmp_path / "project", tmp_path / "b.zip")
+    bundle.unpack(tmp_path / "b.zip", tmp_path / "out")
+    rows = [
+        line for line in (tmp_path / "out/README.md").read_text(encoding="utf-8").splitlines() if "| demo |" in line
+    ]
+    assert {line.split(" | ")[1] for line in rows if "†" in line} == {"capitals"}
+    assert len({line.split(" | ")[1] for line in rows if "†" not in line}) == 3
 
 
 def test_it_holds_the_list_of_what_the_image_holds_byte_by_byte(project: Path, tmp_path: Path) -> None:

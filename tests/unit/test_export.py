@@ -25,7 +25,7 @@ COMMIT = "5" * 40
 TASKS = (*synthetic.DEMO_TASKS, synthetic.Task("mmlu", "group", 20, 3, shots=5))
 MODELS = (
     synthetic.Model("from-the-hub", 0.7, 14_768_307_200, 1, levers=(synthetic.CAP,), cut=7),
-    synthetic.Model("from-a-folder", 0.4),
+    synthetic.Model("from-a-folder", 0.4, remote_code=True, provenance={"engine_variables": {"VLLM_X": "1"}}),
 )
 
 
@@ -158,6 +158,9 @@ def test_the_place_names_developer_and_model_and_the_source_its_commit(records: 
     hub = places["data/capitals/Maker/Model-14B"]
     assert hub["model_info"]["additional_details"]["revision"] == COMMIT
     assert "max_model_len" in hub["model_info"]["additional_details"]["score_changing_levers"]
+    local = places["data/capitals/local/from-a-folder"]
+    assert [r["model_info"]["additional_details"]["trust_remote_code"] for r in (hub, local)] == ["false", "true"]
+    assert local["eval_library"]["additional_details"]["engine_variables"] == '{"VLLM_X": "1"}'
     (source,) = {json.dumps(result["source_data"]) for result in hub["evaluation_results"]}
     assert json.loads(source)["hf_repo"] == "geo/capitals"
     assert COMMIT in json.loads(source)["additional_details"]["revision"]

@@ -183,8 +183,8 @@ def members(
 def _readme(runs: list[BundledRun]) -> str:
     """What somebody reads who unpacks the archive without knowing reproval."""
     rows = [
-        f"| {score.task} | {score.metric} | {score.filter} | {run.evaluation.model} | {run.evaluation.repeat} "
-        f"| {score.value:.4f} | {score.n} |"
+        f"| {result.suite} | {score.task} | {score.metric} | {score.filter} | {run.evaluation.model} "
+        f"| {run.evaluation.repeat} | {score.value:.4f}{'†' if result.score_levers else ''} | {score.n} |"
         for run in runs
         for _, result in run.units
         for score in result.scores[:20]
@@ -201,9 +201,12 @@ def _readme(runs: list[BundledRun]) -> str:
             f"What was asked is in {CONFIGURATION}, what came out in results/ (report.html first). Every file is in "
             f"{SUMS} with its SHA-256.",
             "",
-            "| task | metric | filter | model | repeat | value | n |",
-            "|---|---|---|---|--:|--:|--:|",
+            "| suite | task | metric | filter | model | repeat | value | n |",
+            "|---|---|---|---|---|--:|--:|--:|",
             *rows,
+            "",
+            "† A score-changing lever was pulled. Which, and what else marks scores (a limit, cut prompts), is said in "
+            "results/report.html.",
             "",
         ]
     )

@@ -132,6 +132,7 @@ def record(model: ModelData, unit: UnitData, manifests: Manifests, source: Sourc
                     "python": made.python,
                     "seeds": made.seeds,
                     "batch_invariant": made.batch_invariant,
+                    "engine_variables": made.engine_variables or None,
                     "gpus": made.gpus or None,
                     "cpu": made.cpu,
                     "driver": made.driver,
@@ -163,6 +164,7 @@ def _model_info(model: ModelData, unit: UnitData, manifests: Manifests, identity
                     "files_sha256": unit.result.made_of.get("engine", {}).get("model"),
                     "parameters": model.evaluation.plan.parameters,
                     **settings,
+                    "trust_remote_code": unit.result.made_of.get("engine", {}).get("trust_remote_code"),
                     "score_changing_levers": [f"{v.lever}: {v.before} -> {v.after}" for v in unit.result.score_levers]
                     or None,
                 }
