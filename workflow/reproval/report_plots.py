@@ -182,7 +182,7 @@ def memory(entry: Memory, name: str) -> str | None:
         if with_limit:
             at = entry.capacity_bytes / gib
             axes.axhline(at, color=_MUTED, linewidth=0.9)
-            axes.text(0.005 * end, at - 0.012 * ceiling, "all there is", ha="left", va="top", fontsize=10, color=_MUTED)
+            axes.text(0.005 * end, at - 0.012 * ceiling, "available", ha="left", va="top", fontsize=10, color=_MUTED)
         axes.set_xlim(0, end)
         axes.set_ylim(0, ceiling)
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))

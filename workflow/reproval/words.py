@@ -35,7 +35,7 @@ def finding(pair: Pair, several: bool = False) -> str:
     interval = (
         f"95\u00a0% interval {signed(low, pair.scale)} to {signed(high, pair.scale)}, " if low is not None else ""
     )
-    p = p_text(pair.p_holm)
+    p = p_text(pair.p_holm).replace(" ", "\u00a0")
     marks = f" With a score-changing lever: {'; '.join(pair.score_levers)}." if pair.score_levers else ""
     where = f"{pair.task} ({pair.suite})" if several else pair.task
     return (
