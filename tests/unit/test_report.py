@@ -468,6 +468,10 @@ def test_words_of_numbers() -> None:
     assert words.number(None) == "–"
     assert words.signed(-0.05, "difference") == "−0.050"
     assert words.signed(1.08, "ratio") == "×1.080"
+    # What is small is not printed as nothing.
+    assert [words.number(value) for value in (0.0, 0.0004, 3e-8)] == ["0.000", "0.00040", "3.0e-08"]
+    assert [words.signed(value, "ratio") for value in (1.0, 1.001, 0.99968)] == ["×1.000", "×1.001", "×0.99968"]
+    assert words.signed(-0.00004, "difference") == "−0.000040"
     assert words.size(3 * 2**30) == "3.00 GiB"
     assert words.size(500 * 2**20) == "500 MiB"
     assert words.duration(119.95) == "2 min 00 s"

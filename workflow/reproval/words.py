@@ -10,14 +10,21 @@ from reproval.report_content import Cut, Fit, Headline, Notice, Pair
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A score as people read it: fixed decimals below 10, four significant digits above."""
+    """A score as people read it: fixed decimals below 10, four significant digits above; only 0 is printed as 0."""
     if value is None:
         return "–"
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else "∞" if value > 0 else "−∞"
+    if 0 < abs(value) < 1e-6:
+        return f"{value:.1e}"
     if abs(value) < 10:
-        return f"{value:.{digits}f}"
+        return f"{value:.{max(digits, _decimals(value))}f}"
     return f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
+
+
+def _decimals(value: float) -> int:
+    """Decimals that leave a number below 0.001 two digits; else 0."""
+    return 1 - math.floor(math.log10(abs(value))) if 0 < abs(value) < 0.001 else 0
 
 
 def p_text(value: float) -> str:
@@ -162,11 +169,11 @@ def parameters(n: int) -> str:
 
 
 def signed(value: float | None, scale: str) -> str:
-    """A difference with its sign, or a ratio with its multiplication sign."""
+    """A difference with its sign, or a ratio with its multiplication sign; only a ratio of 1 is printed as 1."""
     if value is None:
         return "–"
     return (
-        f"×{number(value)}"
+        f"×{number(value, min(6, max(3, _decimals(round(value - 1, 9)))))}"
         if scale == "ratio"
         else ("+" if value > 0 else "−" if value < 0 else "") + number(abs(value))
     )
