@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -338,6 +339,19 @@ def test_progress_counts_every_request(model: ReprovalVLLM) -> None:
     model.on_progress = lambda done, total: seen.append((done, total))
     model.loglikelihood(instances("p", [(QUESTION, f" {letter}") for letter in "ABAB"]), disable_tqdm=True)
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+@pytest.mark.parametrize("scoring", ["auto", "stock"])
+def test_a_log_probability_that_is_no_number_is_counted(model: ReprovalVLLM, scoring: Any) -> None:
+    (kept,) = model.model.apply_model(lambda network: network.model.norm.weight.detach().clone())
+    model.scoring = scoring
+    model.model.apply_model(lambda network: network.model.norm.weight.data.fill_(math.nan))
+    try:
+        model.loglikelihood(instances("broken", [("What a", " day"), ("What a", " nice day")]), disable_tqdm=True)
+    finally:
+        model.model.apply_model(lambda network: network.model.norm.weight.data.copy_(kept))
+        model.scoring = "auto"
+    assert model.paths["broken"].not_a_number == 2
 
 
 def test_encoding_is_lm_evals_own(model: ReprovalVLLM) -> None:

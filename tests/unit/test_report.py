@@ -187,11 +187,21 @@ def test_a_score_that_is_no_number_is_shown_as_that_and_compared_with_none(
     assert cell is not None
     assert (str(cell.value), cell.low) == (str(value), None)
     assert [(item.task, item.reason) for item in built.untested] == [("essays", "a score is not a number")]
-    assert any("Scores of strong are not numbers" in notice.text for notice in built.notices)
+    assert any("Scores or log-probabilities of strong are not numbers" in notice.text for notice in built.notices)
     assert f"| {shown}† (–) |" in report_markdown.render(built)
     assert f"<b>{shown}†</b>" in report_html.render(built)
     again = Report.model_validate(json.loads(built.model_dump_json(), parse_constant=pytest.fail))
     assert str(again.headlines[3].cells[1]) == str(cell)
+
+
+def test_an_accuracy_made_of_no_numbers_is_not_passed_over(tmp_path: Path) -> None:
+    project = synthetic.write_project(tmp_path, MODELS, synthetic.DEMO_TASKS)
+    path = next(project.results.glob("tasks/strong/demo.essays-*/result.json"))
+    result = read_record(path, UnitResult)
+    paths = {task: each.model_copy(update={"not_a_number": 1}) for task, each in result.paths.items()}
+    write_record(path, result.model_copy(update={"paths": paths}))
+    built = report.build(collect.load(project.results, project.evaluations))
+    assert any("log-probabilities of strong are not numbers" in notice.text for notice in built.notices)
 
 
 def test_a_plain_evaluation_has_no_notices(built: Report, models: list[collect.ModelData]) -> None:

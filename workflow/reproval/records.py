@@ -387,6 +387,7 @@ class ScoringPath(Part):
     stock: int = Field(default=0, description="lm-eval's own request: all prompt rows.")
     second_pass: int = Field(default=0, description="Asked again with the prefix cache unread.")
     cut: int = Field(default=0, description="Cut from the left to fit max_model_len.")
+    not_a_number: int = Field(default=0, description="With a log-probability that is NaN.")
 
 
 class Container(Part):

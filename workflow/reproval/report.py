@@ -59,7 +59,12 @@ def build(models: Sequence[ModelData], manifests: Manifests | None = None, proje
         "title": words.title(labels, len(lines)),
         "answer": words.answer(lines, labels, pairs),
         "notices": words.notices(
-            fits, lines, cuts, report_facts.with_remote_code(models), report_facts.with_changed_workflow(models)
+            fits,
+            lines,
+            cuts,
+            report_facts.without_numbers(models),
+            report_facts.with_remote_code(models),
+            report_facts.with_changed_workflow(models),
         ),
         "findings": [words.finding(p, several) for p in pairs if p.significant],
         "models": labels,

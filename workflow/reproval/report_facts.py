@@ -188,6 +188,15 @@ def cuts(model: ModelData) -> list[Cut]:
     ]
 
 
+def without_numbers(models: Iterable[ModelData]) -> list[str]:
+    """Models with a log-probability that is NaN. An accuracy made of such looks like any other."""
+    return list(
+        dict.fromkeys(
+            m.label for m in models for u in m.units if any(path.not_a_number for path in u.result.paths.values())
+        )
+    )
+
+
 # --- provenance ----------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ and the results are the same. docs/scoring.md tells how. lm_eval_plugin.py makes
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -206,7 +207,10 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
         """(sum of log-probabilities, is_greedy) for each request's continuation."""
         if self.scoring == "stock" or self.enable_thinking:
             self._stock_tasks = [request.task_name or "" for request in requests]
-            return cast("list[Result]", super().loglikelihood(requests, disable_tqdm=disable_tqdm))
+            stock = cast("list[Result]", super().loglikelihood(requests, disable_tqdm=disable_tqdm))
+            for request, (value, _) in zip(requests, stock, strict=True):
+                self._counts[request.task_name or ""]["not_a_number"] += math.isnan(value)
+            return stock
 
         def encode(window: list[tuple[int, Instance]]) -> list[_Item]:
             encoded = encode_pairs(self, [request.args for _, request in window])
@@ -247,6 +251,7 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
 
         def give(item: _Item, result: Result) -> None:
             results[item.position] = result
+            self._counts[item.task]["not_a_number"] += item.counted * math.isnan(result[0])
             if item.name is not None:
                 self.cache_hook.add_partial("loglikelihood", item.name, result)
             progress.add(item.counted)

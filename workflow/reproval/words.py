@@ -86,11 +86,17 @@ def some(names: Sequence[str], most: int = 5) -> str:
 
 
 def notices(
-    fits: Sequence[Fit], lines: Sequence[Headline], cuts: Sequence[Cut], remote: Sequence[str], changed: Sequence[str]
+    fits: Sequence[Fit],
+    lines: Sequence[Headline],
+    cuts: Sequence[Cut],
+    broken: Sequence[str],
+    remote: Sequence[str],
+    changed: Sequence[str],
 ) -> list[Notice]:
     """What to know before using a number.
 
-    `remote` are models whose own code was allowed to run, `changed` those that a changed workflow evaluated.
+    `broken` are models with log-probabilities that are NaN, `remote` those whose own code was allowed to run, `changed`
+    those that a changed workflow evaluated.
     """
     found = []
     if marked := [fit.model for fit in fits if fit.changes_scores]:
@@ -110,11 +116,12 @@ def notices(
         each = some([f"{number:,} for {model}" for model, number in prompts.items()])
         text = f"Prompts that were longer than the engine's length lost their beginning: {each}."
         found.append(Notice(text=text, section="cuts"))
-    if broken := list(dict.fromkeys(c.model for line in lines for c in line.cells if c and not math.isfinite(c.value))):
+    no_scores = [c.model for line in lines for c in line.cells if c and not math.isfinite(c.value)]
+    if names := list(dict.fromkeys([*no_scores, *broken])):
         text = (
-            f"Scores of {some(broken)} are not numbers, as weights make them that are damaged or too large for their "
+            f"Scores or log-probabilities of {some(names)} are not numbers, as weights make them that are damaged or "
         )
-        text += "type. Its other scores rest on the same weights."
+        text += "too large for their type. Other scores rest on the same weights."
         found.append(Notice(text=text, section="provenance"))
     if remote:
         text = f"Python code that came with the checkpoint was allowed to run for {some(remote)} (trust_remote_code)."
