@@ -80,6 +80,23 @@ def test_a_key_given_on_the_command_line_is_checked_too(project: Path, snakemake
     assert "auto" in done.stdout
 
 
+def test_a_project_may_lie_in_a_folder_of_any_name(checkout: Path, project: Path, snakemake: Snakemake) -> None:
+    odd = project / "it's {x} $HOME ünï"
+    odd.mkdir()
+    for name in ("model", "config.yaml"):
+        (project / name).rename(odd / name)
+    done = snakemake(odd, "--configfile", "config.yaml", "-n", base=checkout)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_workflow_in_a_folder_that_snakemake_cannot_name_is_refused(
+    project: Path, snakemake: Snakemake, tmp_path: Path
+) -> None:
+    done = snakemake(project, "--configfile", "config.yaml", "-n", base=copy_checkout(tmp_path / "{x}"))
+    assert done.returncode != 0
+    assert "move the workflow to a folder without" in done.stdout
+
+
 def test_a_container_run_without_an_image_says_what_is_missing(
     checkout: Path, project: Path, snakemake: Snakemake
 ) -> None:

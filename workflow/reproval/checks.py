@@ -588,6 +588,8 @@ def _tiers(report: Report, base: Path, workdir: Path) -> None:
     policy = top.get("policy", Config.model_fields["policy"].default)
     if not isinstance(name, str) or not isinstance(policy, str):
         return
+    if _braces(report, ("tiers",), name):
+        return
     file, expected = resolve(name, workdir, base), "a file with `tiers` and `policies`, as config/tiers.yaml"
     reads: list[KeyPath] = [("tiers",)]
     try:
@@ -618,7 +620,7 @@ def _tiers(report: Report, base: Path, workdir: Path) -> None:
 
 def _store(report: Report, workdir: Path) -> None:
     store = report.section(()).get("store")
-    if not isinstance(store, str):
+    if not isinstance(store, str) or _braces(report, ("store",), store):
         return
     if _unexpanded(store) is not None or kind_of(resolve(store, workdir)) == "file":
         report.add(
@@ -627,3 +629,16 @@ def _store(report: Report, workdir: Path) -> None:
             expected="a folder, which may still be missing",
             mend=_unexpanded(store) or "name another path",
         )
+
+
+def _braces(report: Report, at: KeyPath, path: str) -> bool:
+    """Whether a path that rules have among their files has braces, which is reported."""
+    if not set("{}") & set(path):
+        return False
+    report.add(
+        at,
+        found=show(path),
+        expected="a path without braces, which Snakemake takes for wildcards",
+        mend="rename it, or reach it by a link of another name",
+    )
+    return True

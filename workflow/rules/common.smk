@@ -9,6 +9,10 @@ from snakemake.exceptions import WorkflowError
 from snakemake.settings.types import DeploymentMethod
 
 BASE = Path(workflow.basedir)
+if set("{}") & set(str(BASE)):
+    raise WorkflowError(
+        f"{BASE}: Snakemake takes braces in a path for wildcards; move the workflow to a folder without"
+    )
 sys.path[:0] = [str(BASE / folder) for folder in ("workflow", "envs")]
 
 from install import stamp_of, up_to_date
@@ -248,9 +252,9 @@ else:
     INSIDE = WITHOUT_NETWORK + ENGINE
 
 
-def escaped(command):
-    """A command as text that Snakemake formats."""
-    return command.replace("{", "{{").replace("}", "}}")
+def escaped(text):
+    """The text as Snakemake has to be given it, which formats it: a folder's name may have braces."""
+    return text.replace("{", "{{").replace("}", "}}")
 
 
 # What the rules' commands begin with. As functions of the shell they are no part of a command, so that a checkout or an
@@ -264,8 +268,8 @@ COMMANDS = {
 shell.prefix(
     # Snakemake's own prefix, which this one replaces: else the exit code of `... | tee LOG` is tee's.
     "set -euo pipefail; "
-    + "".join(f"export {name}={shlex.quote(str(value))}; " for name, value in JOB_ENVIRONMENT.items())
-    + "".join(f'{name}() {{{{ {escaped(command)} "$@"; }}}}; ' for name, command in COMMANDS.items())
+    + escaped("".join(f"export {name}={shlex.quote(str(value))}; " for name, value in JOB_ENVIRONMENT.items()))
+    + escaped("".join(f'{name}() {{ {command} "$@"; }}; ' for name, command in COMMANDS.items()))
 )
 
 # --- what a reproduction is judged by ----------------------------------------------------------------------------------
