@@ -78,6 +78,15 @@ def _numbers(report: Report) -> None:
             report.add(
                 path, found=show(value), expected="a finite number", mend="write a number", reads=[path], fault=True
             )
+        written = report.written(path) or ""
+        if type(value) in (int, float) and re.fullmatch(r"[-+]?(0[0-9_]+|.*:.*)", written):
+            report.add(
+                path,
+                found=f"{written}, which YAML reads as {show(value)}: a 0 in front means octal, a colon base 60",
+                expected="a decimal number",
+                mend=f"write {show(value)}, or the number that was meant",
+                reads=[path],
+            )
 
 
 def _names(report: Report, section: str) -> None:

@@ -223,10 +223,12 @@ def _locate(location: tuple[int | str, ...], error: str, data: Any) -> tuple[Key
     for part in location:
         if part == "[key]":
             return tuple(path), "name", False
-        inner = lookup(data, (part,))
+        # Pydantic gives the key False (YAML's `no`) as 0, and 2.5 or a date as Python writes it.
+        keys = list(data) if isinstance(data, Mapping) else []
+        key = next((key for key in keys if key == part), next((key for key in keys if repr(key) == part), part))
+        inner = lookup(data, (key,))
         if inner is not ABSENT:
-            # Pydantic gives the key False (YAML's `no`) as 0.
-            path.append(next(key for key in data if key == part) if isinstance(data, Mapping) else part)
+            path.append(key)
             data = inner
         elif error == "missing" and part == location[-1]:
             path.append(part)
