@@ -149,6 +149,17 @@ def test_the_hash_of_a_task_follows_its_prompts_and_nothing_else() -> None:
     assert len({hash_of(), hash_of(num_fewshot=1), hash_of(limit=3), hash_of(apply_chat_template=True)}) == 4
 
 
+def test_the_hash_of_a_task_follows_the_answers_that_are_right(tmp_path: Path) -> None:
+    def hash_of(folder: Path) -> str:
+        entry = unit("demo_opposites").model_copy(update={"include_path": str(folder)})
+        return unit_facts(entry, None, encoder(str(MODEL), False))[0].task_hash
+
+    corrected = shutil.copytree(TASKS, tmp_path / "corrected")
+    data = corrected / "data/opposites.jsonl"
+    data.write_text(data.read_text().replace('"answer": 0', '"answer": 1', 1))
+    assert hash_of(corrected) != hash_of(Path(TASKS))
+
+
 @pytest.mark.parametrize("asked", [True, False])
 def test_the_chat_template_is_named_by_its_hash_where_it_is_applied(asked: bool) -> None:
     entry = unit("demo_opposites", limit=2, apply_chat_template=asked)

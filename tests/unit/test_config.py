@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from reproval import config as module
 from reproval.config import ConfigError, load, merge, runs
-from reproval.folders import model_digest
+from reproval.folders import model_digest, tree_digest
 from reproval.problems import Problem
 from reproval.settings import Config, Generation, TaskEntry
 
@@ -470,6 +470,7 @@ def test_include_path_is_found_beside_the_workflow(workdir: Path, tmp_path: Path
     data = {"models": {"m": {"path": "models/good"}}, "suites": {"s": {"tasks": ["x"], "include_path": "mine"}}}
     (run,) = runs(load(data, [], base, workdir), base, workdir, "lock:0")
     assert run.units[0].include_path == str(base / "mine")
+    assert run.units[0].include_sha256 == tree_digest(base / "mine")
 
 
 def test_name_follows_task_files_and_weights_but_not_their_place(tmp_path: Path) -> None:

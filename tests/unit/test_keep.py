@@ -58,6 +58,7 @@ def write_result(folder: Path, made_of: dict[str, Any]) -> str:
 def test_what_decides_scores_is_in_the_key_and_what_does_not_is_not() -> None:
     base = keep.made_of(UNIT, run_file(), facts(), engine_settings())
     zero_shot = UNIT.model_copy(update={"settings": TaskSettings(num_fewshot=0)})
+    other_files = UNIT.model_copy(update={"include_sha256": "2" * 64})
     other_prompts = facts(tasks=[task_facts(suite="core", unit="arc", task="arc", task_hash="2" * 64)])
     different = [
         keep.made_of(UNIT, run_file(), facts(model_digest="2" * 64), engine_settings()),
@@ -70,6 +71,7 @@ def test_what_decides_scores_is_in_the_key_and_what_does_not_is_not() -> None:
         keep.made_of(UNIT, run_file(), facts(), engine_settings(kv_cache_dtype="fp8")),
         keep.made_of(UNIT, run_file(), facts(), engine_settings(max_model_len=128)),
         keep.made_of(zero_shot, run_file(), facts(), engine_settings()),
+        keep.made_of(other_files, run_file(), facts(), engine_settings()),
     ]
     keys = {sha256_json(made) for made in [base, *different]}
     assert len(keys) == len(different) + 1

@@ -385,11 +385,11 @@ def runs(config: Config, base: Path, workdir: Path, environment: str) -> list[Ru
     except (OSError, UnicodeError) as error:
         problem = Problem("", "", str(error), "files that stay where they are", "restore the file, and start again")
         raise ConfigError([problem]) from error
-    units = {name: _units(name, suite, base, workdir) for name, suite in config.suites.items()}
-    asked = {
-        name: [_asked(unit, digests.get(suite.include_path or "")) for unit in units[name]]
+    units = {
+        name: _units(name, suite, base, workdir, digests.get(suite.include_path or ""))
         for name, suite in config.suites.items()
     }
+    asked = {name: [_asked(unit) for unit in units[name]] for name in config.suites}
     made = []
     for name, model in config.models.items():
         # In the order of `suites`, whatever the order in which the model names them.
@@ -437,12 +437,12 @@ def _model_identity(model: ModelConfig, folders: dict[str, str]) -> dict[str, An
     return source | {key: getattr(model, key) for key in deciding}
 
 
-def _asked(unit: Unit, include: str | None) -> dict[str, Any]:
+def _asked(unit: Unit) -> dict[str, Any]:
     settings = unit.settings.model_dump(exclude_none=True)
-    return {"suite": unit.suite, "task": unit.task, "include": include, "settings": settings}
+    return {"suite": unit.suite, "task": unit.task, "include": unit.include_sha256, "settings": settings}
 
 
-def _units(name: str, suite: SuiteConfig, base: Path, workdir: Path) -> list[Unit]:
+def _units(name: str, suite: SuiteConfig, base: Path, workdir: Path, include_sha256: str | None) -> list[Unit]:
     include = suite.include_path
     if include is not None and not (workdir / include).exists():
         include = str(resolve(include, workdir, base))
@@ -451,6 +451,7 @@ def _units(name: str, suite: SuiteConfig, base: Path, workdir: Path) -> list[Uni
             suite=name,
             task=entry if isinstance(entry, str) else entry.task,
             include_path=include,
+            include_sha256=include_sha256,
             unsafe_code=suite.unsafe_code,
             settings=_unit_settings(suite, entry),
         )

@@ -43,7 +43,9 @@ def engine_identity(run: RunFile, facts: Facts, settings: EngineSettings) -> dic
 
 
 def made_of(unit: Unit, run: RunFile, facts: Facts, settings: EngineSettings) -> dict[str, Any]:
-    """What decides a unit's scores: the engine's identity, the unit's settings, and its tasks with every prompt."""
+    """What decides a unit's scores: the engine's identity, the unit's settings, its tasks with every prompt and document,
+    and the files beside the tasks, since the code of a metric may call any of them.
+    """
     tasks = {
         entry.task: entry.task_hash for entry in facts.tasks if (entry.suite, entry.unit) == (unit.suite, unit.task)
     }
@@ -52,6 +54,7 @@ def made_of(unit: Unit, run: RunFile, facts: Facts, settings: EngineSettings) ->
         "suite": unit.suite,
         "task": unit.task,
         "settings": unit.settings.model_dump(exclude_none=True),
+        "include": unit.include_sha256,
         "seed": run.seed,
         "tasks": tasks,
     }

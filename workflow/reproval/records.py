@@ -180,7 +180,7 @@ class TaskFacts(Part):
     unique_prefix_tokens: int = Field(
         default=0, description="Context tokens left when prefixes that requests share are counted once."
     )
-    task_hash: Sha256 = Field(description="SHA-256 over the resolved task configuration and every prompt.")
+    task_hash: Sha256 = Field(description="SHA-256 over the resolved task configuration, every prompt and document.")
 
 
 class CountedTasks(Record):

@@ -286,6 +286,7 @@ class Unit(Section):
     suite: str
     task: str
     include_path: str | None
+    include_sha256: str | None = Field(default=None, description="Over the names and contents of all files there.")
     unsafe_code: bool
     settings: TaskSettings
 

@@ -222,7 +222,8 @@ def _unique_prefix_tokens(contexts: Iterable[Tokens]) -> int:
 
 
 def _task_hash(task: Any) -> str:
-    """SHA-256 over what the task asks and how it judges: its resolved configuration and the arguments of every request.
+    """SHA-256 over what the task asks and how it judges: its resolved configuration, the arguments of every request, and
+    every document, which holds the answer that is right.
 
     Functions of a configuration are dumped by lm-eval as their source text; where a dump would hold a memory address
     (`<function f at 0x...>`) or a path, the requests still tell one prompt from another.
@@ -236,5 +237,14 @@ def _task_hash(task: Any) -> str:
     requests = [
         [instance.request_type, instance.doc_id, instance.idx, instance.arguments] for instance in task.instances
     ]
-    text = json.dumps(config, sort_keys=True, default=lambda value: type(value).__name__)
-    return sha256_json([sha256_bytes(text.encode()), sha256_bytes(json.dumps(requests, default=str).encode())])
+    documents = {instance.doc_id: instance.doc for instance in task.instances}
+
+    def type_name(value: Any) -> str:
+        return type(value).__name__
+
+    texts = [
+        json.dumps(config, sort_keys=True, default=type_name),
+        json.dumps(requests, default=str),
+        json.dumps(list(documents.values()), default=type_name),
+    ]
+    return sha256_json([sha256_bytes(text.encode()) for text in texts])
