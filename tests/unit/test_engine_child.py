@@ -63,6 +63,13 @@ def test_a_score_that_is_no_number_is_kept_and_read_again(tmp_path: Path) -> Non
     assert (ppl.stderr, bits.stderr) == (None, None)
 
 
+def test_what_is_no_number_is_no_score_and_loses_no_others(capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"by_class,none": {"a": 1.0}, "nothing,none": None, "text,none": "tensor(0.5)", "acc,none": 0.5}
+    (score,) = engine.scores_of({"results": {"t": {"alias": "t", "name": "t"} | values}})
+    assert (score.metric, score.value) == ("acc", 0.5)
+    assert "t: by_class,none is no number" in capsys.readouterr().err
+
+
 def test_no_secret_reaches_the_child() -> None:
     parent = {"HF_TOKEN": "hf_x", "AWS_SECRET_ACCESS_KEY": "x", "OPENAI_API_KEY": "x", "PATH": "/bin", "LANG": "C"}
     child = evaluate.child_environment(parent, run_file(batch_invariant=True))

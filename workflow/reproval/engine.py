@@ -165,7 +165,10 @@ def scores_of(results: dict[str, Any]) -> list[Score]:
         better = (results.get("higher_is_better") or {}).get(task) or {}
         for name, value in values.items():
             metric, comma, filter_name = name.partition(",")
-            if not comma or metric.endswith("_stderr") or isinstance(value, str):
+            if not comma or metric.endswith("_stderr"):
+                continue
+            if not isinstance(value, (int, float)):
+                print(f"{task}: {name} is no number, so it is in lm-eval's results and no score", file=sys.stderr)
                 continue
             stderr = values.get(f"{metric}_stderr,{filter_name}")
             scores.append(
