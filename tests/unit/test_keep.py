@@ -107,6 +107,15 @@ def test_a_result_moved_under_another_key_is_not_taken_for_it(tmp_path: Path) ->
     assert keep.find(tmp_path / "unit", other) is None
 
 
+def test_a_folder_of_results_has_the_usual_permissions(tmp_path: Path) -> None:
+    before = os.umask(0o007)
+    try:
+        write_result(tmp_path / "unit", {"a": 1})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "unit").stat().st_mode & 0o777 == 0o770
+
+
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), keep.new_folder(tmp_path / "unit") as part:
         (part / keep.SAMPLES).write_bytes(b"half")

@@ -13,10 +13,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
-from reproval.files import RecordError, read_record, sha256_file, sha256_json
+from reproval.files import RecordError, part_of, read_record, sha256_file, sha256_json
 from reproval.records import EngineSettings, Facts, UnitResult
 from reproval.run_file import RunFile
 from reproval.settings import Unit
@@ -85,10 +84,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
         # Of a job that was killed. Not of one that is writing now: that takes seconds.
         if time.time() - left.stat().st_mtime > LEFT_S:
             shutil.rmtree(left, ignore_errors=True)
-    part = Path(mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
+    part = part_of(folder)
+    part.mkdir()
     try:
         yield part
-        part.chmod(0o755)
         if folder.exists():  # damaged, or `find` would have returned it
             shutil.rmtree(folder)
         part.rename(folder)
