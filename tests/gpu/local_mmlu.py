@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import yaml
@@ -11,14 +12,15 @@ PROMPT = "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choic
 
 
 def write(folder: Path, mmlu: Path) -> None:
-    """Write lm-eval's task files into `folder`: a task for each subject, from `mmlu`/{dev,test}/SUBJECT.jsonl."""
+    """Write task files into `folder`, one for each subject, with a copy of `mmlu`/{dev,test}/SUBJECT.jsonl."""
+    data = shutil.copytree(mmlu, folder / "data")
     names = []
-    for path in sorted((mmlu / "test").glob("*.jsonl")):
+    for path in sorted((data / "test").glob("*.jsonl")):
         names.append(f"local_{path.stem}")
         task = {
             "task": names[-1],
             "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(path), "dev": str(mmlu / "dev" / path.name)}},
+            "dataset_kwargs": {"data_files": {"test": str(path), "dev": str(data / "dev" / path.name)}},
             "test_split": "test",
             "fewshot_split": "dev",
             "fewshot_config": {"sampler": "first_n"},

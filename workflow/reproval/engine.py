@@ -40,7 +40,7 @@ from reproval.run_file import RunFile
 from reproval.seeds import seeds
 from reproval.settings import Unit
 from reproval.shards import assign, request_name, write_answers
-from reproval.tasks import all_requests, chat_arguments, manager
+from reproval.tasks import all_requests, allow_code, chat_arguments, manager
 
 Emit = Callable[..., None]
 
@@ -99,6 +99,7 @@ def environment(run: RunFile) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
+        "HF_EVALUATE_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         # With one thread, tokenizing takes longer than scoring. Nothing is forked after it.
         "TOKENIZERS_PARALLELISM": "true",
@@ -203,6 +204,7 @@ def scored_by_lm_eval(model: Any, unit: Unit, run: RunFile) -> tuple[dict[str, A
     from lm_eval.utils import handle_non_serializable
 
     settings = unit.settings
+    allow_code(unit)
     results = simple_evaluate(
         model=model,
         tasks=[unit.task],

@@ -42,8 +42,8 @@ def engine_identity(run: RunFile, facts: Facts, settings: EngineSettings) -> dic
 
 
 def made_of(unit: Unit, run: RunFile, facts: Facts, settings: EngineSettings) -> dict[str, Any]:
-    """What decides a unit's scores: the engine's identity, the unit's settings, its tasks with every prompt and document,
-    and the files beside the tasks, since the code of a metric may call any of them.
+    """What decides a unit's scores: the engine's identity, the unit's settings, its tasks with every document and
+    prompt, and the files beside the tasks, since the code of a metric may use any of them.
     """
     tasks = {
         entry.task: entry.task_hash for entry in facts.tasks if (entry.suite, entry.unit) == (unit.suite, unit.task)

@@ -11,6 +11,7 @@ import glob
 import hashlib
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def _is_promised(path: Path, entry: StoredFile, promised: str | None) -> bool:
 
 
 def stage_tasks(suite: str, run: RunFile) -> TaskManifest:
-    """Load every task of a suite once, so that its data set is in the cache. Raises tasks.UnknownTask, StageError."""
+    """Load every task of a suite once, so that its data set is in the cache. Raises tasks.TaskError, StageError."""
     from reproval.tasks import prepare
 
     units = [unit for unit in run.run.units if unit.suite == suite]
@@ -180,6 +181,11 @@ def stage_tasks(suite: str, run: RunFile) -> TaskManifest:
                 "run `snakemake stage` where the network is"
             ) from error
         for name, task in tasks.items():
+            if outside := _outside(local_files(task), unit.include_path):
+                raise StageError(
+                    f"suites.{suite}.tasks: {name}: reads {outside}, which is not in include_path "
+                    f"({unit.include_path}), so that nobody would see it change; put the file, or a link to it, there"
+                )
             datasets[name] = _dataset_source(name, task)
             cached |= _cache_folders(task)
     folders = {unit.include_path for unit in units if unit.include_path}
@@ -196,6 +202,37 @@ def stage_tasks(suite: str, run: RunFile) -> TaskManifest:
         files=_stored(cached, Path(run.store)),
         digest=sha256_json([[source.model_dump() for source in sources], digest_of(files)]),
     )
+
+
+def local_files(task: Any) -> list[Path]:
+    """Files of this machine that a task's data set is made of, as far as its configuration names them."""
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as READERS
+
+    if callable(task.config.custom_dataset) or not task.DATASET_PATH:
+        return []
+    kwargs = task.config.dataset_kwargs or {}
+    folder = Path(task.DATASET_PATH)
+    if task.DATASET_PATH not in READERS and not folder.is_dir():
+        return []
+    base = Path(kwargs.get("data_dir") or (folder if folder.is_dir() else ""))
+    named = kwargs.get("data_files") or ([] if base == Path() else ["**"])
+    groups = list(named.values()) if isinstance(named, dict) else [named]
+    patterns = [name for group in groups for name in ([group] if isinstance(group, str) else group)]
+    return [
+        Path(found)
+        for pattern in patterns
+        if "://" not in pattern
+        for found in sorted(glob.glob(str(base / pattern), recursive=True))  # noqa: PTH207  Path.glob takes no absolute one
+        if Path(found).is_file()
+    ]
+
+
+def _outside(files: list[Path], include_path: str | None) -> Path | None:
+    """The first of these files that is not one of the folder's, whose content is part of the results' key."""
+    if not files:
+        return None
+    known = {path.resolve() for path in walk(Path(include_path))} if include_path else set()
+    return next((path for path in files if path.resolve() not in known), None)
 
 
 def _dataset_source(name: str, task: Any) -> DatasetSource:
@@ -245,16 +282,21 @@ def main() -> None:
         command.add_argument("--key", required=True, help="Of the manifest, as run_file.py makes it.")
         command.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    from reproval.tasks import UnknownTask
+    from reproval.tasks import TaskError
 
     try:
         if options.command == "model":
             run = of_model(options.snapshot, options.key)
             write_record(options.out, stage_model(run.run.model_name, run.run.model, Path(run.store)))
         else:
+            if nltk := os.environ.get("NLTK_DATA"):
+                # For what tasks such as ifeval fetch. nltk passes over a folder that is not there.
+                Path(nltk).mkdir(parents=True, exist_ok=True)
             suite = options.key.rpartition("-")[0]
             write_record(options.out, stage_tasks(suite, first_of_suite(options.snapshot, options.key)))
-    except (StageError, UnknownTask) as error:
+    except (StageError, TaskError) as error:
+        if isinstance(error, TaskError) and error.__cause__:
+            traceback.print_exception(error.__cause__)
         sys.exit(f"reproval stage: {error}")
 
 

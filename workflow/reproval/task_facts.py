@@ -222,8 +222,8 @@ def _unique_prefix_tokens(contexts: Iterable[Tokens]) -> int:
 
 
 def _task_hash(task: Any) -> str:
-    """SHA-256 over what the task asks and how it judges: its resolved configuration, the arguments of every request, and
-    every document, which holds the answer that is right.
+    """SHA-256 over what the task asks and how it judges: its resolved configuration, the arguments of every request and
+    every document, which holds the right answer.
 
     Functions of a configuration are dumped by lm-eval as their source text; where a dump would hold a memory address
     (`<function f at 0x...>`) or a path, the requests still tell one prompt from another.

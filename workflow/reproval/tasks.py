@@ -7,12 +7,17 @@ that come out of both together.
 
 from __future__ import annotations
 
+import os
 import random
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 from reproval.seeds import Seed, seeds
 from reproval.settings import TaskSettings, Unit
+
+CODE_ALLOWED = "HF_ALLOW_CODE_EVAL"
+RUNS_CODE = "it runs code that the model writes; write unsafe_code: true into the suite if that may be"
 
 
 @cache
@@ -40,13 +45,25 @@ def chat_arguments(settings: TaskSettings) -> dict[str, Any]:
 def prepare(unit: Unit, seed: Seed) -> dict[str, Any]:
     """Load a unit's leaf tasks and apply its settings. Returns lm-eval Task objects by name.
 
-    Raises UnknownTask for a name that lm-eval does not know. Loading reads the data sets: from the network in `stage`,
-    from the store afterwards.
+    Raises UnknownTask for a name that lm-eval does not know, TaskError for what it cannot load or this project not
+    evaluate, and OSError where a data set cannot be had. Loading reads the data sets: from the network in `stage`, from
+    the store afterwards.
     """
+    allow_code(unit)
     tasks = manager(unit.include_path)
     if not tasks.match_tasks([unit.task]):
         raise UnknownTask(unit, list(tasks.all_tasks))
-    loaded: dict[str, Any] = tasks.load([unit.task])["tasks"]
+    try:
+        loaded: dict[str, Any] = tasks.load([unit.task])["tasks"]
+    except OSError:
+        raise
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+        if CODE_ALLOWED in told:
+            told = RUNS_CODE
+        raise TaskError(f"suites.{unit.suite}.tasks: {unit.task}: lm-eval cannot load it: {told}") from error
+    for name, task in loaded.items():
+        _refuse(unit, name, task)
     settings = unit.settings
     for task in loaded.values():
         if settings.generation and task.get_config("output_type") == "generate_until":
@@ -61,8 +78,22 @@ def prepare(unit: Unit, seed: Seed) -> dict[str, Any]:
     return loaded
 
 
+def allow_code(unit: Unit) -> None:
+    """Let the metric of a unit that may run code do so: it asks for a variable, which no container passes on."""
+    if unit.unsafe_code:
+        os.environ[CODE_ALLOWED] = "1"
+
+
+def _refuse(unit: Unit, name: str, task: Any) -> None:
+    """Raise TaskError for what simple_evaluate would refuse only with an engine running."""
+    if getattr(task, "UNSAFE_CODE", False) and not unit.unsafe_code:
+        raise TaskError(f"suites.{unit.suite}.tasks: {name}: {RUNS_CODE}")
+    if getattr(task, "MULTIMODAL", False):
+        raise TaskError(f"suites.{unit.suite}.tasks: {name}: asks about images or sound; expected a task of text alone")
+
+
 def built(unit: Unit, seed: Seed, model: Any) -> dict[str, Any]:
-    """A unit's leaf tasks with their requests, as simple_evaluate builds them for `model`. Raises UnknownTask."""
+    """A unit's leaf tasks with their requests, as simple_evaluate builds them for `model`. Raises as `prepare` does."""
     import numpy as np
     from lm_eval.evaluator_utils import get_sample_size
 
@@ -93,7 +124,11 @@ def all_requests(unit: Unit, seed: Seed, model: Any) -> dict[str, list[Any]]:
     return found
 
 
-class UnknownTask(Exception):
+class TaskError(Exception):
+    """An entry of a suite that cannot be evaluated."""
+
+
+class UnknownTask(TaskError):
     """lm-eval has no task, group or tag of that name."""
 
     def __init__(self, unit: Unit, known: list[str]) -> None:
@@ -102,7 +137,21 @@ class UnknownTask(Exception):
         near = get_close_matches(unit.task, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "`lm_eval ls tasks` lists the names"
         where = f" or in {unit.include_path}" if unit.include_path else ""
+        broken = "".join(f"\n  {line}" for line in broken_files(unit.include_path))
         super().__init__(
             f"suites.{unit.suite}.tasks: {unit.task!r} is not a task of lm-eval{where}; "
-            f"expected a task, group or tag name; {hint}"
+            f"expected a task, group or tag name; {hint}" + (f"\nlm-eval passed over:{broken}" if broken else "")
         )
+
+
+def broken_files(include_path: str | None) -> list[str]:
+    """Task files that lm-eval passes over without a word, and why."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    found = []
+    for path in sorted(Path(include_path).rglob("*.yaml")) if include_path else ():
+        try:
+            load_yaml(path, resolve_func=False)
+        except Exception as error:
+            found.append(f"{path}: {' '.join(str(error).split())}")
+    return found

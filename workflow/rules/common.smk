@@ -202,6 +202,7 @@ JOB_ENVIRONMENT = {
     "HF_DATASETS_CACHE": HUGGINGFACE / "datasets",
     "HF_MODULES_CACHE": HUGGINGFACE / "modules",
     "HF_XET_CACHE": HUGGINGFACE / "xet",
+    "NLTK_DATA": Path(STORE).resolve() / "nltk",
     "XDG_CACHE_HOME": CACHE,
     "VLLM_CACHE_ROOT": CACHE / "vllm",
     "TRITON_CACHE_DIR": CACHE / "triton",
@@ -213,7 +214,8 @@ JOB_ENVIRONMENT = {
 
 # After `stage` nothing looks for the network, and no token reaches a job.
 WITHOUT_NETWORK = (
-    "env -u HF_TOKEN -u HUGGING_FACE_HUB_TOKEN HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 "
+    "env -u HF_TOKEN -u HUGGING_FACE_HUB_TOKEN"
+    " HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1 TRANSFORMERS_OFFLINE=1 "
 )
 
 if IMAGE:

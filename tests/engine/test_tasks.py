@@ -1,0 +1,88 @@
+"""What cannot be evaluated is refused while the tasks are loaded, before there is an engine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from reproval import stage
+from reproval.settings import TaskSettings, Unit
+from reproval.tasks import TaskError, prepare
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{q}}}}"
+doc_to_target: "{{{{a}}}}"
+metric_list: [{{metric: exact_match}}]
+"""
+MORE = {
+    "plain": "",
+    "runs_code": "unsafe_code: true",
+    "asks_for_permission": "process_results: !function metric.score",
+    "images": "doc_to_image: [q]",
+    "misspelled_split": "validation_split: vaildation",
+    "no_yaml": "  indented: once too often",
+    "outside": "",
+    "linked": "",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tasks of one document, which lies beside them but for `outside` and `linked`."""
+    made = tmp_path_factory.mktemp("tasks")
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    data = dict.fromkeys(MORE, made / "data.jsonl")
+    data |= {name: elsewhere / f"{name}.jsonl" for name in ("outside", "linked")}
+    for name, more in MORE.items():
+        data[name].write_text('{"q": "a", "a": "b"}\n')
+        (made / f"{name}.yaml").write_text(TASK.format(name=name, data=data[name]) + more + "\n")
+    (made / "linked.jsonl").symlink_to(data["linked"])
+    (made / "metric.py").write_text("raise ValueError('set the environment variable HF_ALLOW_CODE_EVAL=1')\n")
+    return made
+
+
+def unit(folder: Path, task: str, *, allowed: bool = False) -> Unit:
+    return Unit(suite="s", task=task, include_path=str(folder), unsafe_code=allowed, settings=TaskSettings())
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("runs_code", r"s\.tasks: runs_code: it runs code that the model writes; write unsafe_code: true"),
+        ("asks_for_permission", r"s\.tasks: asks_for_permission: .* it runs code .* write unsafe_code: true"),
+        ("images", r"s\.tasks: images: asks about images"),
+        ("misspelled_split", r"s\.tasks: misspelled_split: lm-eval cannot load it: KeyError: 'vaildation'"),
+        ("no_yaml", r"'no_yaml' is not a task of lm-eval(.|\n)*no_yaml\.yaml: .* line 10"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_with_its_name_and_the_reason(folder: Path, task: str, said: str) -> None:
+    with pytest.raises(TaskError, match=said):
+        prepare(unit(folder, task), None)
+
+
+def test_code_that_a_model_writes_runs_where_it_may(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
+    assert prepare(unit(folder, "runs_code", allowed=True), None).keys() == {"runs_code"}
+    # Else the metric refuses, and in a container the caller's variable is not there.
+    assert os.environ["HF_ALLOW_CODE_EVAL"] == "1"
+
+
+def test_data_that_nobody_would_see_change_is_refused(folder: Path, tmp_path: Path) -> None:
+    def staged(task: str) -> Any:
+        run = SimpleNamespace(units=[unit(folder, task)])
+        return stage.stage_tasks("s", SimpleNamespace(run=run, seed=None, store=str(tmp_path)))  # all that is read
+
+    with pytest.raises(stage.StageError, match=r"s\.tasks: outside: reads .*outside\.jsonl, which is not in include"):
+        staged("outside")
+    # A link is followed where the content is hashed.
+    for name in ("plain", "linked"):
+        assert [source.task for source in staged(name).datasets] == [name]
