@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from reproval.seeds import seeds
 from reproval.settings import ModelConfig, Run, TaskSettings, Unit
 from reproval.stage import stage_model
 from reproval.task_facts import encoder, unit_facts
-from reproval.tasks import UnknownTask, chat_arguments, manager
+from reproval.tasks import TaskError, UnknownTask, all_requests, chat_arguments, manager
 
 BASE = Path(__file__).resolve().parents[2]
 MODEL = BASE / "resources/demo/SmolLM2-135M-Instruct"
@@ -168,6 +169,43 @@ def test_the_chat_template_is_named_by_its_hash_where_it_is_applied(asked: bool)
     results, _ = engine.scored_by_lm_eval(model, entry, run)
     template = model.tokenizer.chat_template.encode()
     assert results.get("chat_template_sha") == (hashlib.sha256(template).hexdigest() if asked else None)
+
+
+def test_the_chat_template_that_is_named_is_applied() -> None:
+    model = silent()
+    both = {"default": model.tokenizer.chat_template, "short": "{% for m in messages %}{{ m.content }}!{% endfor %}"}
+    model.tokenizer.chat_template = both
+
+    def asked(template: bool | str) -> tuple[str, Any]:
+        entry = unit("demo_opposites", num_fewshot=0, limit=1, apply_chat_template=template)
+        results, samples = engine.scored_by_lm_eval(model, entry, SimpleNamespace(seed=None))
+        prompt = samples["demo_opposites"][0]["arguments"][0][0]
+        assert prompt == all_requests(entry, None, model)["loglikelihood"][0].args[0]
+        return prompt, results["chat_template_sha"]
+
+    assert asked("short") == ("The opposite of up is!", hashlib.sha256(both["short"].encode()).hexdigest())
+    assert asked("default") == asked(True)
+    with pytest.raises(TaskError, match=r"'shrt' is no chat template .* those named default, short"):
+        asked("shrt")
+    model.tokenizer.chat_template = both["short"]
+    with pytest.raises(TaskError, match=r"'short' is no chat template .* write true"):
+        asked("short")
+    model.tokenizer.chat_template = None
+    with pytest.raises(TaskError, match="has no chat template"):
+        asked(True)
+
+
+def test_prompts_are_rendered_as_lm_evals_model_renders_them() -> None:
+    model = encoder(str(MODEL), False)
+    # As GLM-4.5 and others tell what was left out from what is not true.
+    model.tokenizer.chat_template = "{% if enable_thinking is defined and not enable_thinking %}/nothink{% endif %}"
+    theirs = pytest.importorskip("lm_eval.models.vllm_causallms").VLLM
+    default = signature(theirs.__init__).parameters["enable_thinking"].default
+    stock = SimpleNamespace(
+        tokenizer=model.tokenizer, hf_chat_template=None, enable_thinking=default, chat_template_args={}
+    )
+    history = [{"role": "user", "content": "?"}]
+    assert model.apply_chat_template(history) == theirs.apply_chat_template(stock, history)
 
 
 def test_an_unknown_task_is_refused_with_the_nearest_name() -> None:

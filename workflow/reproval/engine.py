@@ -40,7 +40,7 @@ from reproval.run_file import RunFile
 from reproval.seeds import seeds
 from reproval.settings import Unit
 from reproval.shards import assign, request_name, write_answers
-from reproval.tasks import all_requests, allow_code, chat_arguments, manager
+from reproval.tasks import all_requests, allow_code, chat_arguments, manager, named_template
 
 Emit = Callable[..., None]
 
@@ -205,18 +205,19 @@ def scored_by_lm_eval(model: Any, unit: Unit, run: RunFile) -> tuple[dict[str, A
 
     settings = unit.settings
     allow_code(unit)
-    results = simple_evaluate(
-        model=model,
-        tasks=[unit.task],
-        task_manager=manager(unit.include_path),
-        num_fewshot=settings.num_fewshot,
-        limit=settings.limit,
-        gen_kwargs=dict(settings.generation) if settings.generation else None,
-        confirm_run_unsafe_code=unit.unsafe_code,
-        log_samples=True,
-        **chat_arguments(settings),
-        **seeds(run.seed),
-    )
+    with named_template(model, unit):
+        results = simple_evaluate(
+            model=model,
+            tasks=[unit.task],
+            task_manager=manager(unit.include_path),
+            num_fewshot=settings.num_fewshot,
+            limit=settings.limit,
+            gen_kwargs=dict(settings.generation) if settings.generation else None,
+            confirm_run_unsafe_code=unit.unsafe_code,
+            log_samples=True,
+            **chat_arguments(settings),
+            **seeds(run.seed),
+        )
     assert results is not None
     samples = results.pop("samples")
     # Of lm-eval's own environment dump only what is not the machine's business stays.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from pathlib import Path
 
 from reproval.counted import Counted
@@ -13,12 +14,13 @@ from reproval.records import Facts, ModelManifest, TaskFacts
 from reproval.run_file import RunFile
 from reproval.store import message, of_manifest
 from reproval.task_facts import counted_with, encoder, unit_facts
+from reproval.tasks import TaskError
 
 
 def make_facts(run: RunFile, manifest: ModelManifest, results: Path) -> Facts:
     """Read the model's headers and tokenize every request of its units, from the store alone.
 
-    What a tokenizer has counted is kept in RESULTS/work/facts. Raises tasks.UnknownTask, OSError.
+    What a tokenizer has counted is kept in RESULTS/work/facts. Raises tasks.TaskError, OSError.
     """
     trusted = run.run.model.trust_remote_code
     model = encoder(manifest.folder, trusted)
@@ -47,7 +49,13 @@ def main() -> None:
     # Else transformers and datasets look for what is missing on the Hub, and say only that they are offline.
     if wrong := [line for path in (options.manifest, *options.tasks) for line in of_manifest(path, Path(run.store))]:
         sys.exit(f"reproval facts: {message(wrong)}")
-    write_record(options.out, make_facts(run, read_record(options.manifest, ModelManifest), options.results))
+    try:
+        facts = make_facts(run, read_record(options.manifest, ModelManifest), options.results)
+    except TaskError as error:
+        if error.__cause__:
+            traceback.print_exception(error.__cause__)
+        sys.exit(f"reproval facts: {error}")
+    write_record(options.out, facts)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,9 @@ def encoder(folder: str, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     class Encoder(TemplateLM):  # type: ignore[misc]
+        # As in lm-eval's vLLM model; None: the tokenizer's default.
+        hf_chat_template: str | None = None
+
         def __init__(self) -> None:
             super().__init__()
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -80,6 +83,9 @@ def encoder(folder: str, trust_remote_code: bool) -> Any:
                         tokenize=False,
                         add_generation_prompt=add_generation_prompt,
                         continue_final_message=not add_generation_prompt,
+                        chat_template=self.hf_chat_template,
+                        # Templates tell None from absent.
+                        enable_thinking=None,
                     )
                 )
 
@@ -128,7 +134,7 @@ def counted_with(manifest: ModelManifest, model: Any, trust_remote_code: bool, e
 
 
 def unit_facts(unit: Unit, seed: Seed, model: Any, counted: Counted | None = None) -> list[TaskFacts]:
-    """Facts of every leaf task of a unit. `model` is what `encoder` returns. Raises tasks.UnknownTask, OSError.
+    """Facts of every leaf task of a unit. `model` is what `encoder` returns. Raises tasks.TaskError, OSError.
 
     The requests are always built, as text; with `counted` they are tokenized only if nobody has done it before.
     """

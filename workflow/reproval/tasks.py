@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -103,16 +105,43 @@ def built(unit: Unit, seed: Seed, model: Any) -> dict[str, Any]:
     np.random.seed(asked["numpy_random_seed"])
     chat = chat_arguments(unit.settings)
     tasks = prepare(unit, seed)
-    for task in tasks.values():
-        task.build_all_requests(
-            limit=get_sample_size(task, unit.settings.limit),
-            rank=0,
-            world_size=1,
-            chat_template=model.apply_chat_template if chat["apply_chat_template"] else None,
-            tokenizer_name=model.tokenizer_name if chat["apply_chat_template"] else "",
-            **{**chat, "apply_chat_template": bool(chat["apply_chat_template"])},
-        )
+    with named_template(model, unit):
+        for task in tasks.values():
+            task.build_all_requests(
+                limit=get_sample_size(task, unit.settings.limit),
+                rank=0,
+                world_size=1,
+                chat_template=model.apply_chat_template if chat["apply_chat_template"] else None,
+                tokenizer_name=model.tokenizer_name if chat["apply_chat_template"] else "",
+                **{**chat, "apply_chat_template": bool(chat["apply_chat_template"])},
+            )
     return tasks
+
+
+@contextmanager
+def named_template(model: Any, unit: Unit) -> Iterator[None]:
+    """Let `model` render prompts by the chat template that the unit names, where its tokenizer has several.
+
+    simple_evaluate hands the name to no model: lm-eval's renders by the default one. Raises TaskError for a name that
+    the tokenizer does not have, and where it has no template at all.
+    """
+    name, before = unit.settings.apply_chat_template, model.hf_chat_template
+    known = getattr(model.tokenizer, "chat_template", None)
+    by_name: dict[str, str] = known if isinstance(known, dict) else {}
+    key = f"suites.{unit.suite}: {unit.task}: apply_chat_template"
+    if name and not (known or before):
+        raise TaskError(
+            f"{key}: the model's tokenizer has no chat template; delete it, or give the model another suite"
+        )
+    if isinstance(name, str) and name not in by_name:
+        has = f"those named {', '.join(sorted(by_name))}" if by_name else "one without a name: write true"
+        raise TaskError(f"{key}: {name!r} is no chat template of the model's tokenizer, which has {has}")
+    if isinstance(name, str):
+        model.hf_chat_template = by_name[name]
+    try:
+        yield
+    finally:
+        model.hf_chat_template = before
 
 
 def all_requests(unit: Unit, seed: Seed, model: Any) -> dict[str, list[Any]]:
