@@ -84,6 +84,8 @@ rule all:
     default_target: True
     input:
         rules.report.output,
+        # Of what leads to a file that is there, Snakemake does not miss what somebody removed.
+        expand("results/runs/{run}/evaluation.json", run=RUNS),
 
 
 onsuccess:

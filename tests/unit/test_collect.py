@@ -145,8 +145,17 @@ def test_damaged_samples_are_named_and_nothing_is_written(
     code = collect.main([*map(str, arguments), str(tmp_path / "scores.parquet")])
     assert code == 1
     assert str(path) in (said := capsys.readouterr().err)
-    assert "evaluate again" in said
+    assert "the evaluation.json of its run, and start again" in said
     assert not out.exists()
+
+
+def test_a_result_that_is_gone_is_named_with_what_makes_it_anew(tmp_path: Path) -> None:
+    project = synthetic.write_project(tmp_path, synthetic.DEMO_MODELS[:1], synthetic.DEMO_TASKS[:1])
+    path = next(project.results.glob("tasks/*/*/result.json"))
+    path.unlink()
+    # Snakemake does not know of it, and would say that nothing is to be done.
+    with pytest.raises(RecordError, match=rf"{path}: .*: remove {project.evaluations[0]}, which names it"):
+        collect.load(project.results, project.evaluations)
 
 
 def test_results_of_another_run_are_refused(tmp_path: Path) -> None:

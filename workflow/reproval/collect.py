@@ -102,11 +102,14 @@ def load(results: Path, evaluations: Sequence[Path]) -> list[ModelData]:
         units = []
         for reference in record.units:
             folder = results / reference.folder
-            result = read_record(folder / "result.json", UnitResult)
+            try:
+                result = read_record(folder / "result.json", UnitResult)
+            except RecordError as error:
+                raise RecordError(f"{error}: remove {path}, which names it, and start again") from error
             if result.key != reference.key:
                 raise RecordError(
                     f"{folder / 'result.json'}: key: expected {reference.key} as {path} names it, found {result.key}. "
-                    "The evaluation and its results are of different runs: evaluate again"
+                    f"The evaluation and its results are of different runs: remove {path}, and start again"
                 )
             units.append((reference, result))
             wanted.append((folder / "samples.jsonl.gz", result.samples_sha256))

@@ -63,7 +63,7 @@ def read_samples(path: Path, sha256: str) -> dict[SampleKey, TaskSamples]:
 
     Raises RecordError for a file that is missing, another one, or without lm-eval's hashes.
     """
-    mend = "Delete the folder that holds it and evaluate again"
+    mend = "Remove the folder that holds it and the evaluation.json of its run, and start again"
     try:
         packed = path.read_bytes()
         if (found := sha256_bytes(packed)) != sha256:
