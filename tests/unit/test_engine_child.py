@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -178,3 +179,15 @@ def test_a_ray_cluster_that_is_named_is_used(monkeypatch: pytest.MonkeyPatch) ->
     )
     arguments = engine.engine_arguments(task)
     assert (arguments["distributed_executor_backend"], arguments["tensor_parallel_size"]) == ("ray", 16)
+
+
+def test_why_a_job_failed_stands_in_the_log_that_snakemake_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("run", "facts", "plan", "manifest", "results", "log", "out", "trace")
+    given = [f"--{name}={tmp_path / 'new' / name}" for name in names]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *given, "--gpus=0"])
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main()
+    assert "run: cannot be read" in str(ended.value)
+    assert (tmp_path / "new/log").read_text() == f"{ended.value}\n"

@@ -201,6 +201,17 @@ def test_a_lost_evaluation_is_put_together_from_what_was_kept_without_an_engine(
     assert time.monotonic() - began < 60
 
 
+def test_an_evaluation_that_failed_is_not_taken_for_done_by_the_report_of_before(
+    done: Path, snakemake: Snakemake
+) -> None:
+    for _ in range(2):
+        failed = snakemake(done, "--configfile", CONFIG, "--config", "hardware={host_memory_gib: 0.5}")
+        assert failed.returncode != 0, failed.stdout
+        assert " cannot run: " in failed.stdout
+    assert (done / "results/report.html").exists()
+    assert snakemake(done, "--configfile", CONFIG).returncode == 0
+
+
 def test_nothing_is_written_outside_results_resources_and_logs(done: Path) -> None:
     assert {entry.name for entry in done.iterdir()} <= {"results", "resources", "logs", ".snakemake"}
 

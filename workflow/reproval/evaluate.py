@@ -318,7 +318,12 @@ def main() -> None:
             shard = ShardTask(shard=options.shard, shards=options.shards, answers=str(options.answers))
             record, traces = evaluate_shard(replace(job, shard=shard), shard)
     except (EvaluateError, RecordError) as error:
-        sys.exit(f"reproval evaluate: {error}")
+        message = f"reproval evaluate: {error}"
+        # Snakemake shows the log of a job that failed; what else the job printed may be on another node.
+        options.log.parent.mkdir(parents=True, exist_ok=True)
+        with options.log.open("a", encoding="utf-8") as stream:
+            print(message, file=stream)
+        sys.exit(message)
     memory.write_trace(options.trace, *traces)
     write_record(options.out, record)
 

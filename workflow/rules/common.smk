@@ -173,12 +173,16 @@ MANIFESTS = [
     *expand(f"{STORE}/manifests/suites/{{suite}}.json", suite=SUITES),
 ]
 
+# Input of all that is made of evaluations, though nothing reads it there: of a job that failed Snakemake has removed the
+# old outputs, and would find what they led to up to date. The plan, which is newer, tells that it is not.
+PLANS = expand("results/runs/{run}/plan.json", run=RUNS)
+
 # What targets over all runs read, as files that their commands name.
 LISTS = {
     name: run_file.write_list(Path(".snakemake/reproval"), files)
     for name, files in {
         "evaluations": expand("results/runs/{run}/evaluation.json", run=RUNS),
-        "plans": expand("results/runs/{run}/plan.json", run=RUNS),
+        "plans": PLANS,
         "manifests": MANIFESTS,
     }.items()
 }

@@ -6,6 +6,7 @@ rule export_format:
         tracker_packages,
         evaluations=expand("results/runs/{run}/evaluation.json", run=RUNS),
         memory=expand("results/runs/{run}/memory.parquet", run=RUNS),
+        plans=PLANS,
         manifests=MANIFESTS,
     output:
         directory("results/exports/{format}"),

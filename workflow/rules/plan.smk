@@ -41,7 +41,7 @@ rule make_plan:
 rule plan:
     # No output: it prints its table whenever it is asked for.
     input:
-        expand("results/runs/{run}/plan.json", run=RUNS),
+        PLANS,
     log:
         "logs/plan/table.log",
     container:

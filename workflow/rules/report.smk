@@ -21,6 +21,7 @@ rule report:
         evaluations=expand("results/runs/{run}/evaluation.json", run=RUNS),
         memory=expand("results/runs/{run}/memory.parquet", run=RUNS),
         facts=expand("results/runs/{run}/facts.json", run=RUNS),
+        plans=PLANS,
         scores=rules.collect.output,
         manifests=MANIFESTS,
     output:

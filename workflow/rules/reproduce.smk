@@ -6,6 +6,7 @@ rule judge:
     input:
         against=judged_against,
         evaluations=expand("results/runs/{run}/evaluation.json", run=RUNS),
+        plans=PLANS,
     output:
         json="results/reproduction.json",
         markdown="results/reproduction.md",
