@@ -32,10 +32,15 @@ def project(tmp_path: Path) -> Path:
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1}
     (model / "config.json").write_text(json.dumps(config))
     (model / "tokenizer.json").write_text("{}")
-    header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
-    (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    write_weights(model, bytes(8))
     (tmp_path / "config.yaml").write_text(CONFIG)
     return tmp_path
+
+
+def write_weights(model: Path, weights: bytes) -> None:
+    size = len(weights)
+    header = json.dumps({"w": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
+    (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + weights)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -131,6 +136,24 @@ def test_repeats_are_runs_beside_the_first(checkout: Path, project: Path, snakem
     (first,) = runs()
     assert len(runs("--config", "repeats=3")) == 3
     assert first in runs("--config", "repeats=3")
+
+
+def test_weights_that_changed_in_place_are_measured_anew_wherever_the_change_is(
+    checkout: Path, project: Path, snakemake: Snakemake
+) -> None:
+    weights = bytearray(32 * 2**20)
+
+    def staged() -> str:
+        write_weights(project / "model", bytes(weights))
+        done = snakemake(project, "--configfile", "config.yaml", "--until", "stage_model", "--", "facts", base=checkout)
+        assert done.returncode == 0, done.stdout
+        (manifest,) = project.glob("resources/manifests/models/*.json")
+        return str(json.loads(manifest.read_text())["digest"])
+
+    before = staged()
+    weights[10_000] = 1
+    # Of large files Snakemake's start reads samples, and finds the same name: so there is one manifest still.
+    assert staged() != before
 
 
 def test_a_change_of_what_decides_scores_is_another_run(checkout: Path, project: Path, snakemake: Snakemake) -> None:

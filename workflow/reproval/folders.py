@@ -92,6 +92,11 @@ def model_digest(folder: Path) -> str:
     )
 
 
+def sampled(folder: Path) -> list[Path]:
+    """The files of a model that `model_digest` does not read whole. Raises OSError."""
+    return [path for path in walk(folder) if path.stat().st_size >= SMALL_BYTES]
+
+
 def _content(path: Path) -> str:
     size = path.stat().st_size
     if size < SMALL_BYTES:

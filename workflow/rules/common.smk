@@ -109,6 +109,7 @@ resource_scopes:
 # else of a run, or another model beside it, asks for no network.
 SUITE_KEYS = {name: run_file.suite_keys(run) for name, run in RUNS.items()}
 MODEL_KEYS = {name: run_file.model_key(run) for name, run in RUNS.items()}
+MODEL_PATHS = {MODEL_KEYS[name]: run.model.path for name, run in RUNS.items()}
 MODELS = sorted(set(MODEL_KEYS.values()))
 SUITES = sorted({key for keys in SUITE_KEYS.values() for key in keys})
 
@@ -129,6 +130,12 @@ def manifests(wildcards):
         "model": f"{STORE}/manifests/models/{MODEL_KEYS[wildcards.run]}.json",
         "tasks": [f"{STORE}/manifests/suites/{key}.json" for key in SUITE_KEYS[wildcards.run]],
     }
+
+
+def sampled_weights(wildcards):
+    """Files of a local model that its name knows by samples alone: of a change between these, their times tell."""
+    local = MODEL_PATHS[wildcards.model]
+    return [str(path) for path in folders.sampled(Path(local))] if local else []
 
 
 # --- what an evaluation asks for ---------------------------------------------------------------------------------------

@@ -51,6 +51,8 @@ rule describe:
 
 rule stage_model:
     # A model at its commit, or a local folder as it lies there.
+    input:
+        sampled_weights,
     output:
         f"{STORE}/manifests/models/{{model}}.json",
     log:
