@@ -58,6 +58,9 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     cut = model_folder(models / "cut") / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-3])
+    adapter = model_folder(models / "adapter")
+    (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text("{}")
     (models / "empty").mkdir()
     (work / "empty").mkdir()
     (work / "tasks").mkdir()

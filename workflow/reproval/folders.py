@@ -143,6 +143,13 @@ def _there(names: list[str], what: str) -> str:
 
 def _check_config(folder: Path, names: list[str]) -> None:
     expected = "a config.json of a transformers model"
+    weights = [name for name in names if name.endswith(".safetensors")]
+    if "adapter_config.json" in names and all(name.startswith("adapter_") for name in weights):
+        raise FolderError(
+            "an adapter (adapter_config.json) without the model that it changes",
+            "a whole model",
+            "merge them: peft's model.merge_and_unload().save_pretrained(FOLDER), and the tokenizer's save_pretrained",
+        )
     if "config.json" not in names:
         nested = next((name for name in names if kind_of(folder / name / "config.json") == "file"), None)
         raise FolderError(
