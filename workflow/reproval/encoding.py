@@ -13,6 +13,9 @@ import numpy as np
 
 from reproval.requests import Tokens
 
+TEXTS_AT_ONCE = 64
+"""Requests that are encoded in one call where their texts may be long: enough for all cores, and little memory."""
+
 
 def as_tokens(ids: Sequence[int]) -> Tokens:
     return np.array(ids, dtype=np.int32)
@@ -21,7 +24,7 @@ def as_tokens(ids: Sequence[int]) -> Tokens:
 def encode_texts(model: Any, texts: Iterable[str]) -> dict[str, list[int]]:
     """The tokens of each text, an empty one included, which has none."""
     unique = [text for text in dict.fromkeys(texts) if text]
-    return {"": [], **(dict(zip(unique, model.tok_encode(unique), strict=True)) if unique else {})}
+    return {"": [], **dict(zip(unique, model.tok_encode(unique), strict=True))}
 
 
 def encode_pairs(model: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[Tokens, Tokens]]:

@@ -23,7 +23,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
-from reproval.encoding import as_tokens, encode_pairs, encode_texts
+from reproval.encoding import TEXTS_AT_ONCE, as_tokens, encode_pairs, encode_texts
 from reproval.engine_requests import Job, Progress, ahead, read_answer, run_jobs, sampling_params
 from reproval.records import ScoringPath
 from reproval.request_cache import RequestCache, request_digest
@@ -58,8 +58,6 @@ FEW_TOKENS = 64
 A pass costs 2 bytes x vocabulary x hidden size of memory traffic and a dozen kernel launches: 0.2 to 0.6 ms from 0.1B
 to 32B. Logits of one more token cost 2 to 6 microseconds, most of it on the host (docs/scoring.md).
 """
-TEXTS_AT_ONCE = 64
-"""Texts of a rolling task that are encoded in one call: enough for all cores, and little memory if they are long."""
 GREEDY_TEMPERATURE = 1e-5
 """vLLM's own limit below which sampling is greedy."""
 

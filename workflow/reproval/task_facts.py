@@ -10,7 +10,7 @@ from typing import Any
 
 from reproval import encoding
 from reproval.counted import Counted
-from reproval.encoding import as_tokens, encode_pairs, encode_texts
+from reproval.encoding import TEXTS_AT_ONCE, as_tokens, encode_pairs, encode_texts
 from reproval.files import sha256_bytes, sha256_file, sha256_json
 from reproval.folders import model_config
 from reproval.records import ModelManifest, RequestType, TaskFacts
@@ -22,8 +22,6 @@ from reproval.tasks import built
 # What lm-eval's vLLM backend generates when a task does not say (VLLM.__init__, max_gen_toks).
 DEFAULT_MAX_GEN_TOKS = 256
 BLOCK_TOKENS = 16
-REQUESTS_AT_ONCE = 1024
-"""Requests that are encoded in one call: enough for all cores, and a bound on the memory of long texts."""
 # All other files of a manifest count as the tokenizer's: vocabulary, merges, chat templates, code.
 _NOT_THE_TOKENIZERS = ("*.safetensors", "*.safetensors.index.json", "generation_config.json")
 
@@ -167,6 +165,7 @@ def _lengths(kind: RequestType, instances: list[Any], model: Any) -> dict[str, A
     lengths: Counter[int] = Counter()
     sums: Counter[str] = Counter()
 
+    # One pass: the rest is counted while contexts go by, so that no more than a window of them is held.
     def contexts() -> Iterator[Tokens]:
         for instance, context, continuation in _encoded(kind, instances, model):
             repeat = instance.repeats or 1
@@ -193,7 +192,7 @@ def _lengths(kind: RequestType, instances: list[Any], model: Any) -> dict[str, A
 def _encoded(kind: RequestType, instances: list[Any], model: Any) -> Iterator[tuple[Any, Tokens, Tokens]]:
     """Each request with its context and its continuation, encoded window by window."""
     nothing, prefix = as_tokens([]), as_tokens([model.prefix_token_id])
-    for window in windows(instances, REQUESTS_AT_ONCE):
+    for window in windows(instances, TEXTS_AT_ONCE):
         if kind == "loglikelihood":
             pairs = encode_pairs(model, [instance.args for instance in window])
         else:
