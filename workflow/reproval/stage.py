@@ -180,8 +180,10 @@ def stage_tasks(suite: str, run: RunFile) -> TaskManifest:
                 f"suites.{suite}.tasks: {unit.task}: its data set could not be fetched: {_first_line(error)}; "
                 "run `snakemake stage` where the network is"
             ) from error
+        inside = {path.resolve() for path in walk(Path(unit.include_path))} if unit.include_path else set()
         for name, task in tasks.items():
-            if outside := _outside(local_files(task), unit.include_path):
+            # The content of the folder's files is part of the results' key.
+            if outside := next((path for path in local_files(task) if path.resolve() not in inside), None):
                 raise StageError(
                     f"suites.{suite}.tasks: {name}: reads {outside}, which is not in include_path "
                     f"({unit.include_path}), so that nobody would see it change; put the file, or a link to it, there"
@@ -225,14 +227,6 @@ def local_files(task: Any) -> list[Path]:
         for found in sorted(glob.glob(str(base / pattern), recursive=True))  # noqa: PTH207  Path.glob takes no absolute one
         if Path(found).is_file()
     ]
-
-
-def _outside(files: list[Path], include_path: str | None) -> Path | None:
-    """The first of these files that is not one of the folder's, whose content is part of the results' key."""
-    if not files:
-        return None
-    known = {path.resolve() for path in walk(Path(include_path))} if include_path else set()
-    return next((path for path in files if path.resolve() not in known), None)
 
 
 def _dataset_source(name: str, task: Any) -> DatasetSource:
