@@ -241,7 +241,7 @@ def engine_settings(unit: UnitData, evaluation: Evaluation) -> dict[str, Any]:
     """The settings that made a unit: from its key, as the engine had them, else those of the attempt that finished."""
     finished = [a.settings for a in evaluation.attempts if a.outcome == "finished"]
     asked = finished[-1].model_dump() if finished and not unit.reference.reused else {}
-    keyed = unit.result.made_of.get("engine", {})
+    keyed = unit.result.engine
     # vLLM's configuration has sections: scheduler_config.max_num_seqs.
     had = {name.rpartition(".")[2]: value for name, value in unit.result.provenance.engine_arguments.items()}
     return {name: next((s[name] for s in (keyed, had, asked) if s.get(name) is not None), None) for name in SETTINGS}
@@ -296,8 +296,8 @@ def rows(models: Iterable[ModelData]) -> list[dict[str, Any]]:
                 **task_settings(unit),
                 **settings,
                 "batch_invariant": made.batch_invariant,
-                "trust_remote_code": result.made_of.get("engine", {}).get("trust_remote_code"),
-                "model_digest": result.made_of.get("engine", {}).get("model"),
+                "trust_remote_code": result.engine.get("trust_remote_code"),
+                "model_digest": result.engine.get("model"),
                 "reproval_version": made.reproval_version,
                 "git_commit": made.git_commit,
                 "git_dirty": made.git_dirty,

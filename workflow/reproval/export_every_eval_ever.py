@@ -161,10 +161,10 @@ def _model_info(model: ModelData, unit: UnitData, manifests: Manifests, identity
             **strings(
                 {
                     "revision": manifest.revision if manifest else None,
-                    "files_sha256": unit.result.made_of.get("engine", {}).get("model"),
+                    "files_sha256": unit.result.engine.get("model"),
                     "parameters": model.evaluation.plan.parameters,
                     **settings,
-                    "trust_remote_code": unit.result.made_of.get("engine", {}).get("trust_remote_code"),
+                    "trust_remote_code": unit.result.engine.get("trust_remote_code"),
                     "score_changing_levers": [f"{v.lever}: {v.before} -> {v.after}" for v in unit.result.score_levers]
                     or None,
                 }

@@ -456,6 +456,11 @@ class UnitResult(Record):
     lm_eval: dict[str, Any] = Field(description="lm-eval's own results, without samples.")
 
     @property
+    def engine(self) -> dict[str, Any]:
+        """What `made_of` has of the engine: keep.engine_identity."""
+        return dict(self.made_of.get("engine", {}))
+
+    @property
     def made_with(self) -> list[Provenance]:
         """Of every engine that answered for it."""
         return self.shards or [self.provenance]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from reproval import collect
 from reproval.collect import ModelData, UnitData
 from reproval.files import RecordError
 from reproval.manifests import Manifests
-from reproval.records import Attempt, ModelManifest, Provenance, ScoringPath
+from reproval.records import Attempt, ModelManifest, Provenance, ScoringPath, UnitResult
 from reproval.report_content import Curve, Cut, Fit, Memory, ReportProvenance, TaskProvenance, TaskTime, Timing
 
 CURVE_POINTS = 240
@@ -188,30 +188,27 @@ def cuts(model: ModelData) -> list[Cut]:
     ]
 
 
-def without_numbers(models: Iterable[ModelData]) -> list[str]:
-    """Models with a log-probability that is NaN. An accuracy made of such looks like any other."""
-    return list(
-        dict.fromkeys(
-            m.label for m in models for u in m.units if any(path.not_a_number for path in u.result.paths.values())
-        )
-    )
+def marked(models: Iterable[ModelData], holds: Callable[[UnitResult], object]) -> list[str]:
+    """Models with a result of which this holds, each once."""
+    return list(dict.fromkeys(m.label for m in models if any(holds(u.result) for u in m.units)))
+
+
+def without_numbers(result: UnitResult) -> bool:
+    """Whether a log-probability is NaN. An accuracy made of such looks like any other."""
+    return any(path.not_a_number for path in result.paths.values())
+
+
+def with_remote_code(result: UnitResult) -> bool:
+    """Whether the model's own Python code was allowed to run."""
+    return bool(result.engine.get("trust_remote_code"))
+
+
+def with_changed_workflow(result: UnitResult) -> bool:
+    """Whether it was made by a workflow that differed from its commit."""
+    return any(made.git_dirty for made in result.made_with)
 
 
 # --- provenance ----------------------------------------------------------------------------------------------------
-
-
-def with_remote_code(models: Iterable[ModelData]) -> list[str]:
-    """Models whose own Python code was allowed to run."""
-    return list(
-        dict.fromkeys(
-            m.label for m in models for u in m.units if u.result.made_of.get("engine", {}).get("trust_remote_code")
-        )
-    )
-
-
-def with_changed_workflow(models: Iterable[ModelData]) -> list[str]:
-    """Models of which a result was made by a workflow that differed from its commit."""
-    return list(dict.fromkeys(m.label for m in models for u in m.units for p in u.result.made_with if p.git_dirty))
 
 
 def _task_settings(unit: UnitData) -> dict[str, str]:
@@ -232,7 +229,7 @@ def facts_of(unit: UnitData) -> dict[str, str]:
 
 
 def _made_with(unit: UnitData, p: Provenance) -> dict[str, str]:
-    engine, box = unit.result.made_of.get("engine", {}), p.container
+    engine, box = unit.result.engine, p.container
     given: dict[str, Any] = {
         "reproval": p.reproval_version,
         "Git commit": p.git_commit,

@@ -117,7 +117,7 @@ class NothingToJudge(Exception):
 
 def settings_of(model: ModelData, unit: UnitData, task: str) -> dict[str, Any]:
     """What made a task's scores, the most telling first; what is not known is None."""
-    result, engine = unit.result, unit.result.made_of.get("engine", {})
+    result, engine = unit.result, unit.result.engine
     asked, made = result.made_of.get("settings", {}), result.provenance
     leaves = unit.groups.get(task, [task])
     had = made.engine_arguments

@@ -118,10 +118,8 @@ def notices(
         found.append(Notice(text=text, section="cuts"))
     no_scores = [c.model for line in lines for c in line.cells if c and not math.isfinite(c.value)]
     if names := list(dict.fromkeys([*no_scores, *broken])):
-        text = (
-            f"Scores or log-probabilities of {some(names)} are not numbers, as weights make them that are damaged or "
-        )
-        text += "too large for their type. Other scores rest on the same weights."
+        text = f"Scores or log-probabilities of {some(names)} are not numbers, as weights make them that are damaged "
+        text += "or too large for their type. Other scores rest on the same weights."
         found.append(Notice(text=text, section="provenance"))
     if remote:
         text = f"Python code that came with the checkpoint was allowed to run for {some(remote)} (trust_remote_code)."
