@@ -96,7 +96,7 @@ def compared(options: argparse.Namespace, folder: Path, suites: dict[str, Any], 
             pool.submit(finish, options, run, folder / "planned", as_planned),
             pool.submit(finish, options, run, folder / "small", smaller),
         ]
-        kept = pool.submit(kill_and_finish, options, run, folder / "killed").result() if invariant else None
+        kept = kill_and_finish(options, run, folder / "killed") if invariant else None
         for job in ended:
             job.result()
     whole = outcome(folder / "planned")
