@@ -189,6 +189,12 @@ def test_a_second_run_has_nothing_to_do(done: Path, snakemake: Snakemake) -> Non
     assert "Nothing to be done" in again.stdout
 
 
+def test_another_way_to_run_the_jobs_runs_none_again(done: Path, snakemake: Snakemake) -> None:
+    again = snakemake(done, "--configfile", CONFIG, "-n", "--config", "silence_limit_h=2", "local_copy=$TMPDIR")
+    assert again.returncode == 0
+    assert "Nothing to be done" in again.stdout
+
+
 def test_a_lost_evaluation_is_put_together_from_what_was_kept_without_an_engine(
     done: Path, snakemake: Snakemake
 ) -> None:

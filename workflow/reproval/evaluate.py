@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -53,10 +53,9 @@ def child_environment(parent: Mapping[str, str], run: RunFile) -> dict[str, str]
     return {name: value for name, value in parent.items() if not SECRET.search(name)} | environment(run)
 
 
-def deadlines(run: RunFile) -> supervise.Deadlines:
-    """How long the engine may take to end, and how long it may be silent if the configuration limits that."""
-    limit = run.silence_limit_h
-    return supervise.Deadlines(idle_s=None if limit is None else 3600 * limit)
+def deadlines(silence_limit_h: str) -> supervise.Deadlines:
+    """How long the engine may take to end, and how long it may be silent, which the configuration may limit."""
+    return supervise.Deadlines(idle_s=3600 * float(silence_limit_h))
 
 
 def gpus_here(gpus: int, visible: int, env: Mapping[str, str]) -> int:
@@ -107,6 +106,8 @@ class Job:
     log: Path
     gpus: int = 0
     shard: ShardTask | None = None
+    deadlines: supervise.Deadlines = field(default_factory=supervise.Deadlines)
+    local_copy: str | None = None
 
     @property
     def work(self) -> Path:
@@ -193,7 +194,7 @@ def _climb(job: Job, told: ProgressFile) -> Ended:
             job.log,
             progress.event,
             gpus=here,
-            deadlines=deadlines(run),
+            deadlines=job.deadlines,
         )
         traces.append(outcome.trace)
         seen.append(numbered(supervise.attempt(rung, settings, outcome), job))
@@ -201,7 +202,7 @@ def _climb(job: Job, told: ProgressFile) -> Ended:
         return outcome
 
     with ExitStack() as stack:
-        folder = stack.enter_context(copied(job.manifest, run.local_copy))
+        folder = stack.enter_context(copied(job.manifest, job.local_copy))
         if uuids:
             claim = claimed(job.results / "work/gpus", uuids, here, plan.jobs_per_gpu)
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(stack.enter_context(claim))
@@ -300,6 +301,8 @@ def main() -> None:
     parser.add_argument("--shard", type=int, help="1, 2, ...: answer this shard's requests, for merge.py.")
     parser.add_argument("--shards", type=int, help="How many there are.")
     parser.add_argument("--answers", type=Path, help="Where a shard's answers go.")
+    parser.add_argument("--silence-limit-h", type=deadlines, dest="deadlines", default=supervise.Deadlines())
+    parser.add_argument("--local-copy", help="As in the configuration.")
     options = parser.parse_args()
     try:
         job = Job(
@@ -310,6 +313,8 @@ def main() -> None:
             options.results,
             options.log,
             options.gpus,
+            deadlines=options.deadlines,
+            local_copy=options.local_copy,
         )
         record: Evaluation | ShardResult
         if options.shard is None:

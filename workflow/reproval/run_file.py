@@ -21,7 +21,10 @@ GIB = 1024**3
 
 
 class RunFile(Record):
-    """One model's evaluation, complete: every stage after `stage` takes its choices from here."""
+    """One model's evaluation, complete: every stage after `stage` takes its choices from here.
+
+    What only says how a job is run (`silence_limit_h`, `local_copy`) is not here: a change would run every job again.
+    """
 
     run: Run
     hardware: Hardware
@@ -31,8 +34,6 @@ class RunFile(Record):
     container: ContainerConfig | None
     environment: str = Field(description="Lock or image that the engine runs from, as in the run's identity.")
     store: str
-    local_copy: str | None = None
-    silence_limit_h: float | None = None
 
 
 def run_file(run: Run, config: Config, environment: str) -> RunFile:
@@ -55,8 +56,6 @@ def run_file(run: Run, config: Config, environment: str) -> RunFile:
         container=config.container,
         environment=environment,
         store=config.store,
-        local_copy=config.local_copy,
-        silence_limit_h=config.silence_limit_h,
     )
 
 

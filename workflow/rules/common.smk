@@ -270,13 +270,18 @@ def escaped(text):
     return text.replace("{", "{{").replace("}", "}}")
 
 
+HOW_A_JOB_IS_RUN = [
+    *(["--silence-limit-h", str(CONFIG.silence_limit_h)] if CONFIG.silence_limit_h else []),
+    *(["--local-copy", CONFIG.local_copy] if CONFIG.local_copy else []),
+]
 # What the rules' commands begin with. As functions of the shell they are no part of a command, so that a checkout or an
-# environment that moved is no reason to run a job again.
+# environment that moved, or another way to run a job, is no reason to run it again.
 COMMANDS = {
     "controller": CONTROLLER,
     "engine": WITHOUT_NETWORK + ENGINE,
     "online_engine": ONLINE_ENGINE,
     "inside": INSIDE,
+    "evaluate": shlex.join(["engine", "-m", "reproval.evaluate", *HOW_A_JOB_IS_RUN]),
 }
 shell.prefix(
     # Snakemake's own prefix, which this one replaces: else the exit code of `... | tee LOG` is tee's.

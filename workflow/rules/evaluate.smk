@@ -22,6 +22,6 @@ rule evaluate:
         mem_mb=planned_mem_mb,
         runtime=planned_runtime,
     shell:
-        "engine -m reproval.evaluate --run {input.run:q} --facts {input.facts:q} --plan {input.plan:q}"
+        "evaluate --run {input.run:q} --facts {input.facts:q} --plan {input.plan:q}"
         " --manifest {input.model:q} --results results --log {log:q} --gpus {resources.gpu}"
         " --out {output.evaluation:q} --trace {output.memory:q}"

@@ -52,7 +52,7 @@ rule evaluate_shard:
         mem_mb=planned_mem_mb,
         runtime=planned_runtime,
     shell:
-        "engine -m reproval.evaluate --run {input.run:q} --facts {input.facts:q} --plan {input.plan:q}"
+        "evaluate --run {input.run:q} --facts {input.facts:q} --plan {input.plan:q}"
         " --manifest {input.model:q} --results results --log {log:q} --gpus {resources.gpu}"
         " --shard {wildcards.shard} --shards {wildcards.shards} --answers {output.answers:q}"
         " --out {output.result:q} --trace {output.memory:q}"
