@@ -404,7 +404,7 @@ def start(model: str, options: argparse.Namespace) -> Any:
         "dtype": options.dtype,
         "max_model_len": options.max_model_len,
         "max_num_batched_tokens": options.batched_tokens,
-        "enforce_eager": True,
+        "enforce_eager": not options.graphs,
         "seed": 1234,
     }
     if not real:
@@ -517,6 +517,7 @@ def main() -> None:
     parser.add_argument("--submit-batch", type=int, default=2048)
     parser.add_argument("--cache-gib", type=float, help="KV cache of each engine; default: what vLLM makes of 0.92")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--graphs", action="store_true", help="torch.compile and CUDA graphs, as for long work")
     parser.add_argument("--limit", type=float, default=200, help="seconds for one model")
     parser.add_argument("--rounds", type=int, default=1, help="times that each side runs; the fastest counts")
     parser.add_argument("--noise", action="store_true", help="also stock at batch_size=64: what another batch changes")
