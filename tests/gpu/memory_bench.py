@@ -236,6 +236,7 @@ def main() -> None:
     parser.add_argument(
         "--times", type=int, default=1, help="plan for so many times the work that is run: whether graphs pay"
     )
+    parser.add_argument("--gpu", default="NVIDIA H100 80GB HBM3", help="name, by which the plan knows its speed")
     parser.add_argument("--memory-gib", type=float, default=79.6)
     parser.add_argument("--limit", type=float, default=150, help="seconds for one case")
     parser.add_argument("--cpu", action="store_true", help="the CPU engine, to rehearse")
@@ -248,6 +249,7 @@ def main() -> None:
 
     hardware = Hardware(
         gpus=0 if options.cpu else 1,
+        gpu_name=None if options.cpu else options.gpu,
         gpu_memory_bytes=0 if options.cpu else round(options.memory_gib * GIB),
         compute_capability=None if options.cpu else "9.0",
         host_memory_bytes=(16 if options.cpu else 120) * GIB,
