@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from reproval import config as configuration
-from reproval import reference, reproduce
+from reproval import reference
 from reproval.problems import ConfigError
+from reproval.reproduce_settings import published_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "config/references").glob("*.yaml"))
@@ -95,9 +96,9 @@ def test_what_runs_comes_from_the_reference_and_where_from_the_configuration(tmp
 
 def test_a_score_may_have_been_made_with_another_engine_than_the_others() -> None:
     loaded = reference.load(ROOT / "config/references/vllm-ci-gsm8k.yaml")
-    engines = {score.model: reproduce.published_settings(loaded, score)["engine"] for score in loaded.scores}
+    engines = {score.model: published_settings(loaded, score)["engine"] for score in loaded.scores}
     assert engines == {"Qwen2.5-1.5B-Instruct": "vLLM", "Meta-Llama-3-8B-Instruct": "transformers"}
-    assert {reproduce.published_settings(loaded, score)["harness"] for score in loaded.scores} == {"lm-eval"}
+    assert {published_settings(loaded, score)["harness"] for score in loaded.scores} == {"lm-eval"}
 
 
 def test_without_reference_nothing_changes_and_two_are_too_many(tmp_path: Path) -> None:

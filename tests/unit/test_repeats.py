@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import synthetic
 
-from reproval import bundle, collect, config, repeats, report, report_html, report_markdown, reproduce
+from reproval import bundle, collect, config, repeats, report, report_html, report_markdown
 from reproval.files import read_record, write_record
 from reproval.records import Evaluation
+from reproval.reproduce_judge import judge_runs
 from reproval.run_file import RunFile, run_file
 from reproval.seeds import engine_seed, seeds
 from reproval.settings import Config, Run
@@ -209,8 +210,8 @@ def test_runs_of_two_configurations_are_no_repeats_of_each_other(tmp_path: Path)
 
 def test_a_run_is_judged_against_the_same_repeat(tmp_path: Path, models: list[collect.ModelData]) -> None:
     results = models[0].folder.parents[1]
-    same = reproduce.judge_runs("t", "s", (results, models), (results, models))
+    same = judge_runs("t", "s", (results, models), (results, models))
     assert {score.verdict for score in same.scores} == {"identical"}
     assert {score.model for score in same.scores} >= {"weak", "weak, repeat 1", "weak, repeat 2"}
-    fewer = reproduce.judge_runs("t", "s", (results, models), (results, [m for m in models if not m.repeat]))
+    fewer = judge_runs("t", "s", (results, models), (results, [m for m in models if not m.repeat]))
     assert {score.model for score in fewer.scores} == {"weak", "strong"}

@@ -17,7 +17,9 @@ from reproval.collect import load
 from reproval.files import read_record, sha256_file, write_record
 from reproval.records import Evaluation, UnitResult
 from reproval.reference import Reference
-from reproval.reproduce import Reproduction
+from reproval.reproduce_content import Reproduction, ScoreVerdict
+from reproval.reproduce_judge import NothingToJudge, judge_published
+from reproval.reproduce_words import table_markdown, table_text
 
 TASKS = (*synthetic.DEMO_TASKS, synthetic.Task("mmlu", "group", 60, 3, shots=5))
 
@@ -51,7 +53,7 @@ def judged(a: Path, b: Path, tmp_path: Path, *arguments: str) -> tuple[int, Repr
     return code, read_record(out, Reproduction)
 
 
-def score(found: Reproduction, task: str, metric: str) -> reproduce.ScoreVerdict:
+def score(found: Reproduction, task: str, metric: str) -> ScoreVerdict:
     return next(entry for entry in found.scores if (entry.task, entry.metric) == (task, metric))
 
 
@@ -85,7 +87,7 @@ def test_a_score_that_fell_differs_and_the_others_stay_identical(
     assert entry.samples is not None
     assert entry.samples.changed_answers > 0
     assert score(found, "physics_sentences", "acc").verdict == "identical"
-    assert "first difference: task version" in reproduce.table_text(found)
+    assert "first difference: task version" in table_text(found)
 
 
 def test_models_suites_and_filters_are_told_apart(tmp_path: Path) -> None:
@@ -109,12 +111,12 @@ def test_models_suites_and_filters_are_told_apart(tmp_path: Path) -> None:
     shutil.rmtree(path.parent)
     shutil.copytree(tmp_path / "edited/tasks/x/y", path.parent)
     _, found = judged(project.results, tmp_path / "two", tmp_path)
-    said = reproduce.table_text(found)
+    said = table_text(found)
     assert "sums (a) exact_match,strict-match of smollm2-135m: 40 documents, 0 prompts and 20 answers changed" in said
     assert (
         "sums (a) exact_match,strict-match of smollm2-135m-fp32: 40 documents, 0 prompts and 0 answers changed" in said
     )
-    assert "<s>" not in reproduce.table_markdown(found)
+    assert "<s>" not in table_markdown(found)
 
 
 def test_prompts_are_compared_before_scores(project: synthetic.Project, other: Path, tmp_path: Path) -> None:
@@ -131,7 +133,7 @@ def test_prompts_are_compared_before_scores(project: synthetic.Project, other: P
     assert entry.samples.changed_prompts == 1
     assert "document 3" in (entry.samples.first_changed_prompt or "")
     assert entry.unlike[-1].what == "prompt"
-    assert "document 3" in reproduce.table_markdown(found)
+    assert "document 3" in table_markdown(found)
 
 
 def test_documents_of_one_side_only_are_told_and_left_out(
@@ -204,7 +206,7 @@ def test_a_published_value(
 ) -> None:
     models = load(project.results, project.evaluations)
     value = next(s.value for u in models[0].units for s in u.result.scores if (s.task, s.metric) == (task, metric))
-    found = reproduce.judge_published(published(project.results, task, metric, value - away, **fields), models)
+    found = judge_published(published(project.results, task, metric, value - away, **fields), models)
     (entry,) = found.scores
     assert entry.verdict == word
     assert entry.effect is not None
@@ -218,18 +220,18 @@ def test_a_published_score_that_was_not_evaluated_is_inconclusive(project: synth
     models = load(project.results, project.evaluations)
     known = published(project.results, "capitals", "acc", 0.5, n=50)
     unknown = published(project.results, "capitals", "f1", 0.5)
-    found = reproduce.judge_published(known.model_copy(update={"scores": [*known.scores, *unknown.scores]}), models)
+    found = judge_published(known.model_copy(update={"scores": [*known.scores, *unknown.scores]}), models)
     assert found.scores[1].verdict == "inconclusive"
     assert found.scores[1].notes == ["not evaluated here"]
-    with pytest.raises(reproduce.NothingToJudge, match=r"expected capitals f1 \(none\); found capitals acc \(none\)"):
-        reproduce.judge_published(unknown, models)
+    with pytest.raises(NothingToJudge, match=r"expected capitals f1 \(none\); found capitals acc \(none\)"):
+        judge_published(unknown, models)
 
 
 def test_a_percentage_as_reference_is_named_not_tested(project: synthetic.Project) -> None:
     models = load(project.results, project.evaluations)
     reference = published(project.results, "sums", "exact_match", 0.5, n=60, filter="strict-match")
     percent = reference.scores[0].model_copy(update={"value": 54.0})
-    found = reproduce.judge_published(reference.model_copy(update={"scores": [percent]}), models)
+    found = judge_published(reference.model_copy(update={"scores": [percent]}), models)
     assert found.verdict == "inconclusive"
     assert "value 54 is no proportion: a percentage?" in found.scores[0].notes[0]
 

@@ -12,7 +12,7 @@ from conftest import BASE, command, copy_checkout, environment
 
 from reproval.files import read_record
 from reproval.records import Evaluation
-from reproval.reproduce import Reproduction
+from reproval.reproduce_content import Reproduction
 
 CONFIG = """
 models:

@@ -1,0 +1,169 @@
+"""The test of verdict.py that fits a score, and what it says: on paired samples, or beside a published value."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from reproval import statistics, verdict
+from reproval.collect import UnitData, finite, is_mean
+from reproval.records import Score
+from reproval.reference import Margin, PublishedScore
+from reproval.statistics import Floats, Scale
+from reproval.verdict import Evidence
+
+
+@dataclass(frozen=True)
+class Paired:
+    evidence: Evidence | None
+    changed_scores: int
+    same_documents: bool
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side's score, and all of its samples by task: values, or log-likelihoods and weights."""
+
+    score: Score
+    columns: list[tuple[Floats, Floats | None]]
+
+
+def paired(
+    reported: Score, score: Score, theirs: UnitData, ours: UnitData, margin: float, alpha: float
+) -> Paired | None:
+    """Judge a score on the questions that both sides have: theirs as `reported`, and ours; None without samples.
+
+    `margin` is a difference of scores, and a share of perplexities. `evidence` is None where the samples of a side do
+    not make its score, or not in the same way as the other's.
+    """
+    leaves = ours.groups.get(score.task, []) if score.group else [score.task]
+    values: list[tuple[Floats, Floats]] = []
+    whole: tuple[Side, Side] = Side(reported, []), Side(score, [])
+    weighted: list[tuple[Floats, Floats, Floats]] = []
+    changed, same = 0, True
+    for leaf in leaves:
+        a, b = theirs.samples.get((leaf, score.filter)), ours.samples.get((leaf, score.filter))
+        if a is None or b is None:
+            return None
+        _, ia, ib = np.intersect1d(a.documents, b.documents, return_indices=True)
+        same &= len(ia) == a.documents.size == b.documents.size
+        if score.metric in a.values and score.metric in b.values:
+            x, y = a.values[score.metric][ia], b.values[score.metric][ib]
+            known = ~(np.isnan(x) | np.isnan(y))
+            changed += int(np.sum(x[known] != y[known])) + int(np.sum(np.isnan(x) != np.isnan(y)))
+            values.append((y[known], x[known]))
+            for side, samples in zip(whole, (a, b), strict=True):
+                side.columns.append((finite(samples.values[score.metric]), None))
+        elif score.metric in a.weighted and score.metric in b.weighted:
+            (x, w), (y, v) = a.weighted[score.metric], b.weighted[score.metric]
+            if not np.array_equal(w[ia], v[ib]):
+                return None
+            changed += int(np.sum(x[ia] != y[ib]))
+            weighted.append((y[ib], x[ia], v[ib]))
+            for side, column in zip(whole, ((x, w), (y, v)), strict=True):
+                side.columns.append(column)
+        else:
+            return None
+    notes = [] if same else [f"judged on the {sum(len(x) for x, *_ in [*values, *weighted])} documents of both sides"]
+    evidence = _evidence(values, weighted, whole, margin, alpha)
+    return Paired(evidence, changed, same, notes)
+
+
+def _evidence(
+    values: list[tuple[Floats, Floats]],
+    weighted: list[tuple[Floats, Floats, Floats]],
+    whole: tuple[Side, Side],
+    margin: float,
+    alpha: float,
+) -> Evidence | None:
+    if any(x.size == 0 for x, *_ in [*values, *weighted]):
+        return None
+    if whole[0].score.group:
+        theirs, weights = map(_group_weights, whole)
+        if not values or weighted or theirs is None or weights is None:
+            return None
+        return verdict.paired_strata(values, weights, margin, alpha) if np.allclose(theirs, weights) else None
+    means = [weights is None and is_mean(side.score, column) for side in whole for column, weights in side.columns]
+    if all(means):
+        y, x = values[0]
+        if statistics.is_binary(x) and statistics.is_binary(y):
+            return verdict.paired_binary(y, x, margin, alpha)
+        return verdict.paired_means(y, x, margin, alpha)
+    scales = [
+        found[1] if (found := statistics.log_likelihood_interval(side.score.value, column, w)) else None
+        for side in whole
+        for column, weights in side.columns
+        for w in [np.ones_like(column) if weights is None else weights]
+    ]
+    scale = scales[0]
+    if scale is None or any(means) or scales[1] != scale:
+        return None
+    y, x, w = weighted[0] if weighted else (*values[0], np.ones_like(values[0][0]))
+    return verdict.paired_log_likelihoods(y, x, w, scale, margin, alpha)
+
+
+def _group_weights(side: Side) -> list[float] | None:
+    """How a side's score weights its tasks; None where no task's samples are plain values, or neither way fits."""
+    columns = [column for column, weights in side.columns if weights is None]
+    if len(columns) != len(side.columns) or any(column.size == 0 for column in columns):
+        return None
+    means = [float(column.mean()) for column in columns]
+    return statistics.group_weights(means, [column.size for column in columns], side.score.value)
+
+
+def published(score: Score, ours: UnitData, theirs: PublishedScore, margin: Margin | float, alpha: float) -> tuple[
+    Evidence | None, list[str]
+]:  # fmt: skip
+    """Judge a score against a published value. The notes say what had to be assumed."""
+    rounding, notes = theirs.rounded_to / 2, []
+    samples = ours.samples.get((score.task, score.filter))
+    column = samples.values.get(score.metric) if samples and not score.group else None
+    column = column[~np.isnan(column)] if column is not None else None
+    binary = column is not None and is_mean(score, column) and statistics.is_binary(column)
+    if binary and not 0 <= theirs.value <= 1:
+        return None, [f"value {theirs.value:g} is no proportion: a percentage? Write it as a share of 1"]
+    if binary and column is not None and (theirs.n is not None or theirs.stderr is None):
+        n = theirs.n
+        if n is None:
+            n = column.size
+            notes.append("the source gives neither n nor standard error: taken to have as many documents as here")
+        limit = _limit(margin, theirs.value, "difference")
+        return verdict.unpaired_proportions(score.value, column.size, theirs.value, n, limit, rounding, alpha), notes
+    scale: Scale = "difference"
+    stderr = score.stderr
+    sums = (column, np.ones_like(column)) if column is not None else None
+    if samples and not score.group and score.metric in samples.weighted:
+        sums = samples.weighted[score.metric]
+    if sums is not None and (column is None or not is_mean(score, column)):
+        found = statistics.log_likelihood_interval(score.value, *sums)
+        if found is not None and found[1] == "ratio":
+            scale, stderr = "ratio", score.value * statistics.ratio_stderr(*sums)
+        elif found is not None:
+            stderr = statistics.ratio_stderr(*sums) / math.log(2)
+    if stderr is None:
+        return None, ["no standard error of the score here: nothing to test with"]
+    other = theirs.stderr
+    if other is None:
+        other = stderr * math.sqrt(score.n / theirs.n) if score.n and theirs.n else stderr
+        notes.append("the source gives no standard error: taken to be as here")
+    known = [n for n in (score.n, theirs.n) if n]
+    evidence = verdict.unpaired_values(
+        score.value,
+        stderr,
+        theirs.value,
+        other,
+        _limit(margin, theirs.value, scale),
+        n=min(known, default=None),
+        rounding=rounding,
+        scale=scale,
+        alpha=alpha,
+    )
+    return evidence, notes if evidence else [*notes, "a standard error of 0: nothing to test with"]
+
+
+def _limit(margin: Margin | float, value: float, scale: Scale) -> float:
+    """The margin in units of the effect. A bare number is a difference of scores, and a share of perplexities."""
+    return margin if isinstance(margin, float) else margin.of(value, scale)
