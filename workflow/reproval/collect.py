@@ -47,6 +47,10 @@ class UnitData:
 
         return {name: sorted(set(leaves(name))) for name in children if children[name]}
 
+    def leaves(self, task: str) -> list[str]:
+        """The leaf tasks of a group; of a task, itself."""
+        return self.groups.get(task, [task])
+
     @cached_property
     def top_tasks(self) -> set[str]:
         """The tasks and groups that no group with a score of its own stands for."""
@@ -146,7 +150,7 @@ def score_interval(score: Score, unit: UnitData) -> Interval | None:
     if not math.isfinite(score.value):
         return None
     if score.group:
-        leaves = unit.groups.get(score.task, [])
+        leaves = unit.leaves(score.task)
         columns = [
             finite(samples.values[score.metric])
             for leaf in leaves
@@ -270,8 +274,7 @@ def package_version(packages: dict[str, str], name: str) -> str | None:
 
 def prompts_cut(unit: UnitData, task: str) -> int:
     """Requests of a task, or of all tasks below a group, that were cut from the left to fit."""
-    tasks = unit.groups.get(task, [task])
-    return sum(unit.result.paths[t].cut for t in tasks if t in unit.result.paths)
+    return sum(unit.result.paths[leaf].cut for leaf in unit.leaves(task) if leaf in unit.result.paths)
 
 
 def rows(models: Iterable[ModelData]) -> list[dict[str, Any]]:

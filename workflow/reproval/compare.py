@@ -93,7 +93,7 @@ def side(model: ModelData, line: Headline) -> Side | str:
     score = next((s for s in unit.result.scores if (s.task, s.metric, s.filter) == key), None) if unit else None
     if unit is None or score is None:
         return f"{model.label} was not evaluated on it"
-    leaves = unit.groups.get(line.task, []) if line.group else [line.task]
+    leaves = unit.leaves(line.task) if line.group else [line.task]
     samples = [s for leaf in leaves if (s := unit.samples.get((leaf, line.filter)))]
     if not samples or len(samples) < len(leaves):
         return f"{model.label} has no samples with filter {line.filter}"

@@ -248,7 +248,7 @@ def _uncertainty(unit: UnitData, score: Score) -> dict[str, Any]:
 
 def _source_data(unit: UnitData, task: str, manifests: Manifests) -> dict[str, Any]:
     """Where the questions come from; of a group, what its tasks have in common."""
-    leaves = unit.groups.get(task, [task])
+    leaves = unit.leaves(task)
     sources = [manifests.datasets.get((unit.result.suite, leaf)) for leaf in leaves]
     configs = [unit.result.lm_eval.get("configs", {}).get(leaf, {}) for leaf in leaves]
     repositories = {s.path for s in sources if s and s.path} or {

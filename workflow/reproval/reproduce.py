@@ -49,12 +49,23 @@ def _side(path: Path, scratch: Path) -> tuple[Path, list[ModelData]]:
     return results, load(results, newest(results))
 
 
-def _write(reproduction: Reproduction, json_path: Path | None, markdown_path: Path | None) -> None:
-    if json_path is not None:
-        write_record(json_path, reproduction)
-    if markdown_path is not None:
-        with atomic(markdown_path) as stream:
-            stream.write(table_markdown(reproduction))
+def _judged(options: argparse.Namespace) -> Reproduction:
+    if options.command == "compare":
+        with tempfile.TemporaryDirectory() as scratch:
+            a, b = _side(options.a, Path(scratch) / "a"), _side(options.b, Path(scratch) / "b")
+            return judge_runs(f"{options.b} against {options.a}", str(options.a), a, b, options.margin)
+    models = load(options.results, options.evaluations)
+    if options.reference is not None:
+        return judge_published(reference.load(options.reference), models, options.margin)
+    bundle.check_folder(options.bundle)
+    theirs = options.bundle / "results"
+    return judge_runs(
+        f"Run again from {options.title or options.bundle.name}",
+        options.title or str(options.bundle),
+        (theirs, load(theirs, newest(theirs))),
+        (options.results, models),
+        options.margin,
+    )
 
 
 def _positive(text: str) -> float:
@@ -89,27 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "show":
             reproduction = read_record(options.json, Reproduction)
-        elif options.command == "compare":
-            with tempfile.TemporaryDirectory() as scratch:
-                a, b = _side(options.a, Path(scratch) / "a"), _side(options.b, Path(scratch) / "b")
-                reproduction = judge_runs(f"{options.b} against {options.a}", str(options.a), a, b, options.margin)
-            _write(reproduction, options.json, options.markdown)
         else:
-            models = load(options.results, options.evaluations)
-            if options.reference is not None:
-                reproduction = judge_published(reference.load(options.reference), models, options.margin)
-            else:
-                bundle.check_folder(options.bundle)
-                theirs = options.bundle / "results"
-                reproduction = judge_runs(
-                    f"Run again from {options.title or options.bundle.name}",
-                    options.title or str(options.bundle),
-                    (theirs, load(theirs, newest(theirs))),
-                    (options.results, models),
-                    options.margin,
-                )
-            _write(reproduction, options.json, options.markdown)
-            return 0
+            reproduction = _judged(options)
+            if options.json is not None:
+                write_record(options.json, reproduction)
+            if options.markdown is not None:
+                with atomic(options.markdown) as stream:
+                    stream.write(table_markdown(reproduction))
     except (RecordError, BundleError, ConfigError, NothingToJudge, OSError) as error:
         print(f"reproval.reproduce: {error}", file=sys.stderr)
         return 2
@@ -117,6 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Python's own exit code for it is 1, which is that of "differs".
         traceback.print_exc()
         return 2
+    if options.command == "judge":
+        # What it found is shown by the rule that comes after it, so that it stays when that one fails.
+        return 0
     print(table_text(reproduction), end="")
     return reproduction.exit_code
 

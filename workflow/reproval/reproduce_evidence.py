@@ -17,7 +17,10 @@ from reproval.verdict import Evidence
 
 @dataclass(frozen=True)
 class Paired:
+    """What the samples of both sides say of a score. `evidence` is None where they do not make it on both sides."""
+
     evidence: Evidence | None
+    leaves: list[str]
     changed_scores: int
     same_documents: bool
     notes: list[str]
@@ -31,6 +34,10 @@ class Side:
     columns: list[tuple[Floats, Floats | None]]
 
 
+# Ours, theirs and the weights of the documents of one task that both sides have.
+Pairs = tuple[Floats, Floats, Floats | None]
+
+
 def paired(
     reported: Score, score: Score, theirs: UnitData, ours: UnitData, margin: float, alpha: float
 ) -> Paired | None:
@@ -39,11 +46,10 @@ def paired(
     `margin` is a difference of scores, and a share of perplexities. `evidence` is None where the samples of a side do
     not make its score, or not in the same way as the other's.
     """
-    leaves = ours.groups.get(score.task, []) if score.group else [score.task]
-    values: list[tuple[Floats, Floats]] = []
-    whole: tuple[Side, Side] = Side(reported, []), Side(score, [])
-    weighted: list[tuple[Floats, Floats, Floats]] = []
+    pairs: list[Pairs] = []
+    sides = Side(reported, []), Side(score, [])
     changed, same = 0, True
+    leaves = ours.leaves(score.task) if score.group else [score.task]
     for leaf in leaves:
         a, b = theirs.samples.get((leaf, score.filter)), ours.samples.get((leaf, score.filter))
         if a is None or b is None:
@@ -54,55 +60,54 @@ def paired(
             x, y = a.values[score.metric][ia], b.values[score.metric][ib]
             known = ~(np.isnan(x) | np.isnan(y))
             changed += int(np.sum(x[known] != y[known])) + int(np.sum(np.isnan(x) != np.isnan(y)))
-            values.append((y[known], x[known]))
-            for side, samples in zip(whole, (a, b), strict=True):
+            pairs.append((y[known], x[known], None))
+            for side, samples in zip(sides, (a, b), strict=True):
                 side.columns.append((finite(samples.values[score.metric]), None))
         elif score.metric in a.weighted and score.metric in b.weighted:
             (x, w), (y, v) = a.weighted[score.metric], b.weighted[score.metric]
             if not np.array_equal(w[ia], v[ib]):
                 return None
             changed += int(np.sum(x[ia] != y[ib]))
-            weighted.append((y[ib], x[ia], v[ib]))
-            for side, column in zip(whole, ((x, w), (y, v)), strict=True):
+            pairs.append((y[ib], x[ia], v[ib]))
+            for side, column in zip(sides, ((x, w), (y, v)), strict=True):
                 side.columns.append(column)
         else:
             return None
-    notes = [] if same else [f"judged on the {sum(len(x) for x, *_ in [*values, *weighted])} documents of both sides"]
-    evidence = _evidence(values, weighted, whole, margin, alpha)
-    return Paired(evidence, changed, same, notes)
+    notes = [] if same else [f"judged on the {sum(y.size for y, *_ in pairs)} documents of both sides"]
+    return Paired(_evidence(pairs, sides, margin, alpha), leaves, changed, same, notes)
 
 
-def _evidence(
-    values: list[tuple[Floats, Floats]],
-    weighted: list[tuple[Floats, Floats, Floats]],
-    whole: tuple[Side, Side],
-    margin: float,
-    alpha: float,
-) -> Evidence | None:
-    if any(x.size == 0 for x, *_ in [*values, *weighted]):
+def _evidence(pairs: list[Pairs], sides: tuple[Side, Side], margin: float, alpha: float) -> Evidence | None:
+    """The test for how both sides' scores are made of their samples; None where they are not, or not alike."""
+    if any(y.size == 0 for y, *_ in pairs):
         return None
-    if whole[0].score.group:
-        theirs, weights = map(_group_weights, whole)
-        if not values or weighted or theirs is None or weights is None:
+    if sides[0].score.group:
+        theirs, weights = map(_group_weights, sides)
+        if theirs is None or weights is None or not np.allclose(theirs, weights):
             return None
-        return verdict.paired_strata(values, weights, margin, alpha) if np.allclose(theirs, weights) else None
-    means = [weights is None and is_mean(side.score, column) for side in whole for column, weights in side.columns]
+        return verdict.paired_strata([(y, x) for y, x, _ in pairs], weights, margin, alpha)
+    ((y, x, w),) = pairs
+    means = [_is_mean(side) for side in sides]
     if all(means):
-        y, x = values[0]
-        if statistics.is_binary(x) and statistics.is_binary(y):
-            return verdict.paired_binary(y, x, margin, alpha)
-        return verdict.paired_means(y, x, margin, alpha)
-    scales = [
-        found[1] if (found := statistics.log_likelihood_interval(side.score.value, column, w)) else None
-        for side in whole
-        for column, weights in side.columns
-        for w in [np.ones_like(column) if weights is None else weights]
-    ]
-    scale = scales[0]
-    if scale is None or any(means) or scales[1] != scale:
+        binary = statistics.is_binary(x) and statistics.is_binary(y)
+        return (verdict.paired_binary if binary else verdict.paired_means)(y, x, margin, alpha)
+    scale, other = map(_scale, sides)
+    if any(means) or scale is None or scale != other:
         return None
-    y, x, w = weighted[0] if weighted else (*values[0], np.ones_like(values[0][0]))
-    return verdict.paired_log_likelihoods(y, x, w, scale, margin, alpha)
+    return verdict.paired_log_likelihoods(y, x, np.ones_like(y) if w is None else w, scale, margin, alpha)
+
+
+def _is_mean(side: Side) -> bool:
+    ((column, weights),) = side.columns
+    return weights is None and is_mean(side.score, column)
+
+
+def _scale(side: Side) -> Scale | None:
+    """On which scale a score made of log-likelihoods compares; None for any other."""
+    ((column, weights),) = side.columns
+    weights = np.ones_like(column) if weights is None else weights
+    found = statistics.log_likelihood_interval(side.score.value, column, weights)
+    return found[1] if found else None
 
 
 def _group_weights(side: Side) -> list[float] | None:
@@ -114,14 +119,14 @@ def _group_weights(side: Side) -> list[float] | None:
     return statistics.group_weights(means, [column.size for column in columns], side.score.value)
 
 
-def published(score: Score, ours: UnitData, theirs: PublishedScore, margin: Margin | float, alpha: float) -> tuple[
-    Evidence | None, list[str]
-]:  # fmt: skip
+def published(
+    score: Score, ours: UnitData, theirs: PublishedScore, margin: Margin | float, alpha: float
+) -> tuple[Evidence | None, list[str]]:
     """Judge a score against a published value. The notes say what had to be assumed."""
     rounding, notes = theirs.rounded_to / 2, []
     samples = ours.samples.get((score.task, score.filter))
     column = samples.values.get(score.metric) if samples and not score.group else None
-    column = column[~np.isnan(column)] if column is not None else None
+    column = finite(column) if column is not None else None
     binary = column is not None and is_mean(score, column) and statistics.is_binary(column)
     if binary and not 0 <= theirs.value <= 1:
         return None, [f"value {theirs.value:g} is no proportion: a percentage? Write it as a share of 1"]

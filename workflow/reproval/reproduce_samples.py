@@ -24,24 +24,25 @@ class Answer:
     filtered: Any
 
 
-Answers = dict[
-    tuple[str, str], dict[tuple[str, int], Answer]
-]  # task, filter -> document hash, its how manieth -> answer
+Answers = dict[tuple[str, str], dict[tuple[str, int], Answer]]
 
 
 def read_answers(path: Path) -> Answers:
-    """Responses from samples.jsonl.gz. The file's hash has been checked by `collect.load`."""
+    """Responses from samples.jsonl.gz, whose hash has been checked by `collect.load`.
+
+    By task and filter, and there by the document's hash and which of the equal documents it is.
+    """
     found: Answers = {}
     seen: Counter[tuple[str, str, str]] = Counter()
     with gzip.open(path, "rt", encoding="utf-8") as stream:
         for raw in stream:
             line = json.loads(raw)
-            key = (line["task"], line["filter"])
-            document = (*key, line["doc_hash"])
-            found.setdefault(key, {})[(line["doc_hash"], seen[document])] = Answer(
+            task, filter_name, document = line["task"], line["filter"], line["doc_hash"]
+            nth = seen[(task, filter_name, document)]
+            seen[(task, filter_name, document)] += 1
+            found.setdefault((task, filter_name), {})[(document, nth)] = Answer(
                 line["doc_id"], line["prompt_hash"], line["resps"], line["filtered_resps"]
             )
-            seen[document] += 1
     return found
 
 
@@ -81,19 +82,21 @@ def _floats(value: Any) -> list[float]:
 
 
 def compare_samples(
-    theirs: Answers,
-    ours: Answers,
+    sides: tuple[Answers, Answers],
+    files: tuple[Path, Path],
     leaves: Sequence[str],
     filter_name: str,
     changed_scores: int,
-    files: tuple[Path, Path],
 ) -> SampleComparison:
-    """Question by question, over the tasks of one score. `files` are both sides' samples, for the text of a prompt."""
+    """Question by question, over the tasks of one score: the reference's answers, and ours.
+
+    `files` are what both were read from, for the text of a prompt.
+    """
     documents = only_theirs = only_ours = prompts = answers = 0
     changed: list[str] = []
     first, largest, equal = None, None, True
     for leaf in leaves:
-        a, b = theirs.get((leaf, filter_name), {}), ours.get((leaf, filter_name), {})
+        a, b = (side.get((leaf, filter_name), {}) for side in sides)
         only_theirs += len(a.keys() - b.keys())
         only_ours += len(b.keys() - a.keys())
         for key in sorted(a.keys() & b.keys(), key=lambda key: a[key].document):
@@ -101,9 +104,9 @@ def compare_samples(
             documents += 1
             if x.prompt != y.prompt:
                 prompts += 1
-                first = first or _first_difference(leaf, x.document, *(
-                    _prompt(file, leaf, answer.document) for file, answer in zip(files, (x, y), strict=True)
-                ))  # fmt: skip
+                first = first or _first_difference(
+                    leaf, x.document, _prompt(files[0], leaf, x.document), _prompt(files[1], leaf, y.document)
+                )
             p, q = _choice(x.filtered), _choice(y.filtered)
             if p != q:
                 answers += 1
@@ -112,7 +115,8 @@ def compare_samples(
             equal = equal and x.responses == y.responses
             pairs = list(zip(_floats(x.responses), _floats(y.responses), strict=False))
             if pairs:
-                largest = max(largest or 0.0, *(abs(u - v) for u, v in pairs if math.isfinite(u - v)), 0.0)
+                apart = (abs(u - v) for u, v in pairs if math.isfinite(u - v))
+                largest = max(largest or 0.0, max(apart, default=0.0))
     return SampleComparison(
         documents=documents,
         only_reference=only_theirs,

@@ -10,12 +10,14 @@ from reproval.reference import PublishedScore, Reference
 from reproval.reproduce_content import Unlike
 from reproval.run_file import RunFile
 
+PROMPTS = "task and its prompts"
 
-def settings_of(model: ModelData, unit: UnitData, task: str) -> dict[str, Any]:
+
+def settings_of(unit: UnitData, task: str) -> dict[str, Any]:
     """What made a task's scores, the most telling first; what is not known is None."""
     result, engine = unit.result, unit.result.engine
     asked, made = result.made_of.get("settings", {}), result.provenance
-    leaves = unit.groups.get(task, [task])
+    leaves = unit.leaves(task)
     had = made.engine_arguments
     return {
         "model": f"files {engine.get('model', '?')[:12]}",
@@ -30,7 +32,7 @@ def settings_of(model: ModelData, unit: UnitData, task: str) -> dict[str, Any]:
         "generation": asked.get("generation"),
         "limit": asked.get("limit"),
         "seed": result.made_of.get("seed"),
-        "task and its prompts": {leaf: result.task_hashes.get(leaf, "")[:12] for leaf in leaves},
+        PROMPTS: {leaf: result.task_hashes.get(leaf, "")[:12] for leaf in leaves},
         "prompts cut to fit": prompts_cut(unit, task),
         "longest request": engine.get("max_model_len"),
         "lm-eval": package_version(made.packages, "lm_eval"),
@@ -78,14 +80,13 @@ def _with_version(name: str | None, version: str | None) -> str | None:
 
 def against_published(reference: Reference, score: PublishedScore, model: ModelData, unit: UnitData) -> list[Unlike]:
     """What differs from a published score in settings, by what both sides know."""
-    here = settings_of(model, unit, score.task)
-    leaves = unit.groups.get(score.task, [score.task])
+    here = settings_of(unit, score.task)
     run = _run_file(model)
     asked = run.run.model if run else None
     here["model"] = (_model_name(asked.hub, asked.revision) if asked else None) or f"a local folder, {here['model']}"
     here["quantization"] = here["quantization"] or "none"
     for name in ("task version", "few-shot examples"):
-        values = {here[name].get(leaf) for leaf in leaves}
+        values = set(here[name].values())
         here[name] = values.pop() if len(values) == 1 else sorted(map(str, values))
     here["harness"] = f"lm-eval {here['lm-eval']}"
     here["engine"] = f"vLLM {here['vLLM']}"
@@ -117,9 +118,9 @@ def _run_file(model: ModelData) -> RunFile | None:
     return read_record(path, RunFile) if path.exists() else None
 
 
-def between_runs(a: tuple[ModelData, UnitData], b: tuple[ModelData, UnitData], task: str) -> list[Unlike]:
+def between_runs(a: UnitData, b: UnitData, task: str) -> list[Unlike]:
     """What differs between two runs' settings of a task, the most telling first."""
-    theirs, ours = settings_of(*a, task), settings_of(*b, task)
+    theirs, ours = settings_of(a, task), settings_of(b, task)
     found = []
     for name, value in theirs.items():
         other = ours[name]
