@@ -19,7 +19,9 @@ import synthetic
 import yaml
 
 from reproval import bundle, scrub
-from reproval.bundle import BundleError
+from reproval.bundle_archive import SUMS, BundleError, check_folder, unpack, unpacked
+from reproval.bundle_content import CONFIGURATION, SBOM
+from reproval.bundle_crate import CRATE
 from reproval.files import read_record, sha256_file, write_record
 from reproval.records import Evaluation, ModelManifest, StoredFile, UnitResult
 from reproval.settings import ModelConfig, Run, TaskSettings, Unit
@@ -73,7 +75,7 @@ def archive(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_holds_what_another_machine_needs(project: Path, tmp_path: Path) -> None:
     make(project, tmp_path / "b.zip")
-    bundle.unpack(tmp_path / "b.zip", tmp_path / "out")
+    unpack(tmp_path / "b.zip", tmp_path / "out")
     found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert {"configuration.yaml", "SHA256SUMS", "ro-crate-metadata.json", "workflow/Snakefile"} <= found
     assert {"workflow/envs/cpu.txt", "workflow/envs/gpu.txt", "manifests/models/smollm2-135m-0.json"} <= found
@@ -95,7 +97,7 @@ def test_its_readme_marks_scores_that_a_lever_changed(project: Path, tmp_path: P
     path = next((tmp_path / "project").glob("results/tasks/*/demo.capitals-*/result.json"))
     write_record(path, read_record(path, UnitResult).model_copy(update={"score_levers": [synthetic.CAP]}))
     make(tmp_path / "project", tmp_path / "b.zip")
-    bundle.unpack(tmp_path / "b.zip", tmp_path / "out")
+    unpack(tmp_path / "b.zip", tmp_path / "out")
     rows = [
         line for line in (tmp_path / "out/README.md").read_text(encoding="utf-8").splitlines() if "| demo |" in line
     ]
@@ -110,10 +112,10 @@ def test_it_holds_the_list_of_what_the_image_holds_byte_by_byte(project: Path, t
     results = next(project.rglob("runs")).parent
     evaluations = sorted(results.glob("runs/*/evaluation.json"))
     bundle.make(results, evaluations, [], ROOT, project, tmp_path / "b.zip", listed)
-    bundle.unpack(tmp_path / "b.zip", tmp_path / "out")
-    assert (tmp_path / "out" / bundle.SBOM).read_bytes() == listed.read_bytes()
+    unpack(tmp_path / "b.zip", tmp_path / "out")
+    assert (tmp_path / "out" / SBOM).read_bytes() == listed.read_bytes()
     graph = json.loads((tmp_path / "out/ro-crate-metadata.json").read_text())["@graph"]
-    (entity,) = [entity for entity in graph if entity["@id"] == bundle.SBOM]
+    (entity,) = [entity for entity in graph if entity["@id"] == SBOM]
     assert entity["encodingFormat"] == "application/vnd.cyclonedx+json"
 
 
@@ -197,8 +199,8 @@ def test_a_name_with_a_line_separator_comes_back(project: Path, tmp_path: Path) 
         make(project, tmp_path / "b.zip")
     finally:
         path.unlink()
-    bundle.unpack(tmp_path / "b.zip", tmp_path / "out")
-    bundle.check_folder(tmp_path / "out")
+    unpack(tmp_path / "b.zip", tmp_path / "out")
+    check_folder(tmp_path / "out")
     assert len(list((tmp_path / "out").rglob("a\u2028b.yaml"))) == 1
 
 
@@ -211,7 +213,7 @@ def test_a_bundle_says_what_runs_and_nothing_else(tmp_path: Path) -> None:
         "batch_invariant": True,
     }
     others = {"margin": 0.9, "hardware": {"gpus": 8}, "store": "/elsewhere", "local_copy": "/tmp"}
-    path = tmp_path / "unpacked" / bundle.CONFIGURATION
+    path = tmp_path / "unpacked" / CONFIGURATION
     path.parent.mkdir()
     path.write_text(yaml.safe_dump(asked | others))
     found = bundle.asked_by(path.parent, tmp_path)
@@ -235,17 +237,17 @@ def test_every_changed_byte_is_found_and_every_file_named(archive: Path, tmp_pat
         at = start + int(rng.integers(sizes[name]))
         wrong.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
         with pytest.raises(BundleError) as refused:
-            bundle.unpack(wrong, tmp_path / "out")
+            unpack(wrong, tmp_path / "out")
         assert name in str(refused.value)
     first_directory = data.index(b"PK\x01\x02")
     for at in [*range(60), *rng.integers(0, len(data), 60), *range(first_directory, first_directory + 120)]:
         wrong.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
         with pytest.raises(BundleError, match=r"wrong\.zip"):
-            bundle.unpack(wrong, tmp_path / "out")
+            unpack(wrong, tmp_path / "out")
     for cut in (data[:-1], data[: len(data) // 2], data + b"\0", b""):
         wrong.write_bytes(cut)
         with pytest.raises(BundleError, match=r"wrong\.zip"):
-            bundle.unpack(wrong, tmp_path / "out")
+            unpack(wrong, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["wrong.zip"]
 
 
@@ -280,23 +282,23 @@ def test_what_no_bundle_has_is_refused_before_it_is_written(
 ) -> None:
     wrong = _rewrite(archive, tmp_path / "in/wrong.zip" if (tmp_path / "in").mkdir() is None else tmp_path, change)
     with pytest.raises(BundleError, match=said):
-        bundle.unpack(wrong, tmp_path / "in/out")
+        unpack(wrong, tmp_path / "in/out")
     assert [path.name for path in (tmp_path / "in").iterdir()] == ["wrong.zip"]
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_an_unpacked_bundle_is_found_again_and_its_changes_too(archive: Path, tmp_path: Path) -> None:
-    folder = bundle.unpacked(archive, tmp_path)
-    assert bundle.unpacked(archive, tmp_path) == folder
-    bundle.check_folder(folder)
+    folder = unpacked(archive, tmp_path)
+    assert unpacked(archive, tmp_path) == folder
+    check_folder(folder)
     (folder / "configuration.yaml").write_text("models: {}")
     with pytest.raises(BundleError, match=r"configuration\.yaml"):
-        bundle.check_folder(folder)
+        check_folder(folder)
 
 
 def test_the_crate_follows_the_profile(archive: Path) -> None:
     with zipfile.ZipFile(archive) as opened:
-        crate = json.loads(opened.read(bundle.CRATE))
+        crate = json.loads(opened.read(CRATE))
         names = set(opened.namelist())
     entities = {entity["@id"]: entity for entity in crate["@graph"]}
     assert len(entities) == len(crate["@graph"]), "an @id twice"
@@ -308,8 +310,8 @@ def test_the_crate_follows_the_profile(archive: Path) -> None:
 
     outside = {x for entity in crate["@graph"] for x in references(entity) if not x.startswith("http")}
     assert outside <= entities.keys()
-    assert entities[bundle.CRATE]["about"] == {"@id": "./"}
-    assert entities[bundle.CRATE]["conformsTo"][0] == {"@id": "https://w3id.org/ro/crate/1.1"}
+    assert entities[CRATE]["about"] == {"@id": "./"}
+    assert entities[CRATE]["conformsTo"][0] == {"@id": "https://w3id.org/ro/crate/1.1"}
     root = entities["./"]
     assert {"name", "description", "datePublished", "license", "mainEntity", "hasPart", "mentions"} <= root.keys()
     assert {"@id": "https://w3id.org/ro/wfrun/workflow/0.5"} in root["conformsTo"]
@@ -317,7 +319,7 @@ def test_the_crate_follows_the_profile(archive: Path) -> None:
     assert set(workflow["@type"]) == {"File", "SoftwareSourceCode", "ComputationalWorkflow"}
     assert entities[workflow["programmingLanguage"]["@id"]]["@type"] == "ComputerLanguage"
     files = {name for name, entity in entities.items() if "File" in entity["@type"]}
-    assert files == names - {bundle.CRATE, bundle.SUMS} == {part["@id"] for part in root["hasPart"]}
+    assert files == names - {CRATE, SUMS} == {part["@id"] for part in root["hasPart"]}
     assert all(len(entities[name]["sha256"]) == 64 for name in files)
     for mention in [root["mentions"]]:
         action = entities[mention["@id"]]
@@ -370,9 +372,9 @@ def test_the_validator_of_workflow_run_crate_finds_nothing_missing(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(project, tmp_path / "b.zip")
-    bundle.unpack(tmp_path / "b.zip", tmp_path / "out")
+    unpack(tmp_path / "b.zip", tmp_path / "out")
     assert violations(tmp_path / "out", monkeypatch) == []
-    path = tmp_path / "out" / bundle.CRATE
+    path = tmp_path / "out" / CRATE
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace('"mainEntity"', '"mainThing"'), encoding="utf-8")
     assert any("mainEntity" in found for found in violations(tmp_path / "out", monkeypatch))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import synthetic
 
-from reproval import bundle, collect, config, repeats, report, report_html, report_markdown
+from reproval import bundle_content, collect, config, repeats, report, report_html, report_markdown
 from reproval.files import read_record, write_record
 from reproval.records import Evaluation
 from reproval.reproduce_judge import judge_runs
@@ -64,11 +64,11 @@ def test_every_seed_is_moved_by_the_repeat(tmp_path: Path) -> None:
 
 
 def test_a_bundle_asks_for_the_same_repeats_of_the_same_configuration(tmp_path: Path) -> None:
-    asked = bundle.configuration(files(tmp_path, repeats=N))
+    asked = bundle_content.configuration(files(tmp_path, repeats=N))
     assert asked["repeats"] == N
     assert asked["seed"] is None
     assert [task["generation"]["seed"] for task in asked["suites"]["s"]["tasks"]] == [7]
-    assert "repeats" not in bundle.configuration(files(tmp_path))
+    assert "repeats" not in bundle_content.configuration(files(tmp_path))
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------

@@ -18,10 +18,10 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from reproval import bundle, strictyaml
+from reproval import bundle, bundle_archive, strictyaml
 from reproval.folders import kind_of, resolve
 from reproval.problems import ConfigError, Problem, dotted, show
-from reproval.settings import ModelConfig, Name, Section, SuiteConfig, Text
+from reproval.settings import Config, ModelConfig, Name, Section, SuiteConfig, Text
 
 # What a model is fetched by. A local `path` takes its place.
 HUB_KEYS = ("hub", "revision", "allow_floating", "gated")
@@ -217,9 +217,10 @@ def configure(given: Mapping[str, Any], base: Path, workdir: Path) -> dict[str, 
     if not isinstance(archive, str):
         return dict(given)
     try:
-        folder = bundle.unpacked(find(archive, "bundle", base, workdir), workdir / str(given.get("store", "resources")))
+        store = workdir / str(given.get("store", Config.model_fields["store"].default))
+        folder = bundle_archive.unpacked(find(archive, "bundle", base, workdir), store)
         merged = overlay(bundle.asked_by(folder, workdir), given)
-    except (bundle.BundleError, OSError) as error:
+    except (bundle_archive.BundleError, OSError) as error:
         raise ConfigError([Problem("--config", "bundle", str(error), "a whole bundle", "copy it again")]) from error
     missing = []
     for model, entry in merged["models"].items():

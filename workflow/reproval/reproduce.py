@@ -17,8 +17,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from reproval import bundle, reference
-from reproval.bundle import BundleError
+from reproval import bundle_archive, reference
+from reproval.bundle_archive import BundleError
 from reproval.collect import ModelData, load
 from reproval.files import RecordError, atomic, read_record, write_record
 from reproval.problems import ConfigError
@@ -43,7 +43,7 @@ def newest(results: Path) -> list[Path]:
 def _side(path: Path, scratch: Path) -> tuple[Path, list[ModelData]]:
     """The results folder and runs of a results folder, a project's folder, or a bundle."""
     if path.is_file():
-        bundle.unpack(path, scratch)
+        bundle_archive.unpack(path, scratch)
         path = scratch
     results = path if (path / "runs").is_dir() else path / "results"
     return results, load(results, newest(results))
@@ -57,7 +57,7 @@ def _judged(options: argparse.Namespace) -> Reproduction:
     models = load(options.results, options.evaluations)
     if options.reference is not None:
         return judge_published(reference.load(options.reference), models, options.margin)
-    bundle.check_folder(options.bundle)
+    bundle_archive.check_folder(options.bundle)
     theirs = options.bundle / "results"
     return judge_runs(
         f"Run again from {options.title or options.bundle.name}",

@@ -16,7 +16,7 @@ if set("{}") & set(str(BASE)):
 sys.path[:0] = [str(BASE / folder) for folder in ("workflow", "envs")]
 
 from install import stamp_of, up_to_date
-from reproval import bundle as bundles
+from reproval import bundle_archive as bundles
 from reproval import config as configuration
 from reproval import container as containers
 from reproval import folders, provenance, reference, run_file
