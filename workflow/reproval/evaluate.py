@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from reproval import keep, memory, resources, store, supervise
+from reproval import keep, memory, resources, store, supervise, supervise_ladder
 from reproval.engine import ANSWERED, ChildTask, ChildUnit, ShardTask, environment
 from reproval.files import RecordError, read_record, sha256_file, sha256_json, write_record
 from reproval.gpu_claims import claimed
@@ -185,7 +185,7 @@ def _climb(job: Job, told: ProgressFile) -> Ended:
         )
         write_record(job.work / "child.json", task)
         # A job that is killed leaves this behind.
-        note(*seen, numbered(supervise.cut_off(rung, settings), job))
+        note(*seen, numbered(supervise_ladder.cut_off(rung, settings), job))
         progress = Progress(job.name, len(units), kept=len(units) - len(pending))
         told.follow(progress)
         outcome = supervise.run_child(
@@ -197,7 +197,7 @@ def _climb(job: Job, told: ProgressFile) -> Ended:
             deadlines=job.deadlines,
         )
         traces.append(outcome.trace)
-        seen.append(numbered(supervise.attempt(rung, settings, outcome), job))
+        seen.append(numbered(supervise_ladder.attempt(rung, settings, outcome), job))
         note(*seen)
         return outcome
 
@@ -206,7 +206,7 @@ def _climb(job: Job, told: ProgressFile) -> Ended:
         if uuids:
             claim = claimed(job.results / "work/gpus", uuids, here, plan.jobs_per_gpu)
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(stack.enter_context(claim))
-        attempts, finished = supervise.climb(
+        attempts, finished = supervise_ladder.climb(
             plan.ladder[:end],
             start_child,
             first=first,

@@ -1,4 +1,4 @@
-"""Running the engine as a child that always ends, with everything it started, and trying again on the next rung.
+"""Running the engine as a child that always ends, with everything it started.
 
 The supervisor never touches CUDA, so a failed engine can be replaced in the same job. Between it and the child stands
 the guardian (guardian.py), which is why no way of ending the supervisor, kill -9 included, leaves an engine behind.
@@ -8,7 +8,6 @@ docs/supervision.md says why it is done so.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import selectors
 import signal
@@ -16,23 +15,20 @@ import subprocess
 import sys
 import time
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from reproval import failures, guardian, memory
-from reproval.records import Attempt, EngineSettings, FailureClass, Phase, PhasePeak, Rung
-
-Event = dict[str, Any]
+from reproval.records import FailureClass, Phase, PhasePeak
+from reproval.supervise_output import Event, Lines, Tail
 
 RUN_VARIABLE = "REPROVAL_RUN"
 EVENTS_VARIABLE = "REPROVAL_EVENTS_FD"
 
 _TICK_S = 0.1
-_LONGEST_EVENT_BYTES = 2**20
 
 # A terminal, a shell and a workflow engine may each pass on the same Ctrl-C; a later signal is a second request.
 _SAME_REQUEST_S = 1.0
@@ -141,7 +137,7 @@ class _Run:
             selector.register(signals, selectors.EVENT_READ)
             log = self.log_path.open("ab", buffering=0)
             stack.callback(log.close)
-            tail = stack.enter_context(_Tail(self.log_path, log.seek(0, os.SEEK_END)))
+            tail = stack.enter_context(Tail(self.log_path, log.seek(0, os.SEEK_END)))
             events, events_child = os.pipe()
             stack.callback(os.close, events)
             status, status_guardian = os.pipe()
@@ -178,15 +174,15 @@ class _Run:
         signals: int,
         events: int,
         status: int,
-        tail: _Tail,
+        tail: Tail,
         sampler: memory.Sampler,
     ) -> None:
         """Follow the child until the guardian has nothing left to guard."""
-        lines: dict[int, _Lines] = {}
+        lines: dict[int, Lines] = {}
         for fd in (events, status):
             os.set_blocking(fd, False)
             selector.register(fd, selectors.EVENT_READ)
-            lines[fd] = _Lines(fd)
+            lines[fd] = Lines(fd)
         alive = time.monotonic()
         done_at: float | None = None
         guarded = True
@@ -245,7 +241,7 @@ class _Run:
             self.phase = phase
             sampler.enter(name or phase)
 
-    def _read_log(self, tail: _Tail, sampler: memory.Sampler) -> bool:
+    def _read_log(self, tail: Tail, sampler: memory.Sampler) -> bool:
         """Take in what was added to the log; whether anything was."""
         grown = False
         for line in tail.read():
@@ -305,7 +301,7 @@ class _Run:
         self,
         begin: str,
         duration_s: float,
-        tail: _Tail,
+        tail: Tail,
         trace: memory.Trace,
         phases: list[PhasePeak],
         oom_before: int,
@@ -402,104 +398,6 @@ def _signals(handle: Callable[[int], None]) -> Iterator[int]:
         os.close(writer)
 
 
-class _Lines:
-    """JSON objects, one a line, from a pipe that does not block. What is no JSON object is passed over."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.rest = b""
-        self.ended = False
-
-    def read(self) -> Iterator[Event]:
-        while not self.ended:
-            try:
-                data = os.read(self.fd, 65536)
-            except BlockingIOError:
-                return
-            self.ended = not data
-            *whole, self.rest = (self.rest + data).split(b"\n")
-            if len(self.rest) > _LONGEST_EVENT_BYTES:
-                self.rest = b""
-            for line in whole:
-                with contextlib.suppress(ValueError, RecursionError):
-                    if isinstance(record := json.loads(line), dict):
-                        yield record
-
-
-class _Tail:
-    """Reads a growing log from `offset` on, and keeps of it what a failure can be told by, in bounded memory."""
-
-    PIECE_BYTES = 2**20
-    LONGEST_LINE_BYTES = 2**16
-    FIRST, LAST, END = 500, 1500, 100
-
-    def __init__(self, path: Path, offset: int) -> None:
-        self._stream = path.open("rb", buffering=0)
-        self._stream.seek(offset)
-        self._texts = [text.encode() for text in failures.patterns().texts()]
-        self._rest = b""
-        self._number = 0
-        self._first: list[tuple[int, str]] = []
-        self._last: deque[tuple[int, str]] = deque(maxlen=self.LAST)
-        self._end: deque[tuple[int, str]] = deque(maxlen=self.END)
-
-    def __enter__(self) -> _Tail:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stream.close()
-
-    def read(self) -> Iterator[str | None]:
-        """The new lines that hold one of the texts, and None for a piece of log without any; of 16 pieces at most."""
-        for _ in range(16):
-            data = self._stream.read(self.PIECE_BYTES)
-            if not data:
-                return
-            # Progress bars overwrite their line by carriage returns.
-            piece = (self._rest + data).replace(b"\r", b"\n")
-            cut = piece.rfind(b"\n") + 1
-            if cut == 0 and len(piece) > self.LONGEST_LINE_BYTES:
-                cut = len(piece)
-            piece, self._rest = piece[:cut], piece[cut:]
-            yield from self._take(piece)
-
-    def _take(self, piece: bytes) -> Iterator[str | None]:
-        if not any(text in piece for text in self._texts):
-            count = piece.count(b"\n")
-            last = piece.rsplit(b"\n", self.END + 1)[1:] if count > self.END else piece.split(b"\n")
-            self._number += count + 1
-            for index, line in enumerate(last):
-                self._keep_end(self._number - len(last) + index, line)
-            yield None
-            return
-        for line in piece.split(b"\n"):
-            self._number += 1
-            self._keep_end(self._number, line)
-            if any(text in line for text in self._texts):
-                entry = (self._number, self._text(line))
-                if len(self._first) < self.FIRST:
-                    self._first.append(entry)
-                else:
-                    self._last.append(entry)
-                yield entry[1]
-
-    def _keep_end(self, number: int, line: bytes) -> None:
-        if line.strip():
-            self._end.append((number, self._text(line)))
-
-    @staticmethod
-    def _text(line: bytes) -> str:
-        return line[:4000].decode("utf-8", "replace")
-
-    def lines(self) -> list[str]:
-        """What was kept: the lines with a text, and the last of all lines, in their order."""
-        if self._rest:
-            list(self._take(self._rest))
-            self._rest = b""
-        kept = dict(self._first) | dict(self._last) | dict(self._end)
-        return [kept[number] for number in sorted(kept)]
-
-
 def kill_marked(marker: str, deadline_s: float = 10.0) -> None:
     """SIGKILL every process whose environment carries REPROVAL_RUN=`marker`, until there is none."""
     end = time.monotonic() + deadline_s
@@ -520,112 +418,3 @@ def marked(marker: str) -> list[int]:
                 if wanted in (entry / "environ").read_bytes().split(b"\0"):
                     found.append(int(entry.name))
     return found
-
-
-# --- the ladder ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class BusyPolicy:
-    """How to wait for a GPU that a neighbour holds: `first_s`, then twice as long each time, `limit_s` in all."""
-
-    first_s: float = 15.0
-    longest_s: float = 240.0
-    limit_s: float = 1800.0
-
-    def waits(self) -> Iterator[float]:
-        """The waits in seconds, one after the other, until their sum is `limit_s`."""
-        left, wait = self.limit_s, self.first_s
-        while left > 0:
-            yield min(wait, left)
-            left -= wait
-            wait = min(2 * wait, self.longest_s)
-
-
-def climb(
-    ladder: Sequence[Rung],
-    start_child: Callable[[EngineSettings, int], ChildOutcome],
-    *,
-    first: int = 0,
-    on_cpu: bool = False,
-    busy: BusyPolicy = BusyPolicy(),
-    holders: Callable[[], Iterable[str]] = tuple,
-    wait: Callable[[float], None] = time.sleep,
-    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
-) -> tuple[list[Attempt], bool]:
-    """Try the rungs from `first` on until the engine finishes; every attempt, and whether one finished.
-
-    `start_child(settings, rung)` runs one attempt. After a failure of memory the next rung is the first later one that
-    differs from the failed settings in what helps against its class (failures.yaml, `answers`); others are passed over.
-    A failure that is not of memory, a deadline and an interruption end it. A GPU that a neighbour holds is waited for
-    on the same rung, as `busy` says; `holders` names who holds it, for the message.
-    """
-    attempts: list[Attempt] = []
-    rung, waits = first, busy.waits()
-    while rung < len(ladder):
-        settings = ladder[rung].settings
-        outcome = start_child(settings, rung)
-        attempts.append(attempt(rung, settings, outcome))
-        if outcome.finished:
-            return attempts, True
-        failure = outcome.failure
-        if failure in (None, "not_memory", "deadline", "interrupted"):
-            return attempts, False
-        if failure == "gpu_busy":
-            who = "; ".join(holders()) or "NVML does not show who"
-            pause = next(waits, None)
-            if pause is None:
-                text = f"{outcome.message}; held by: {who}; waited {busy.limit_s:g} s for it"
-                attempts[-1] = attempts[-1].model_copy(update={"message": text})
-                say(f"the GPU is still in use, giving up: {text}")
-                return attempts, False
-            say(f"the GPU is in use: {outcome.message}; held by: {who}; trying again in {pause:g} s")
-            wait(pause)
-            continue
-        later = range(rung + 1, len(ladder))
-        helps = (n for n in later if failures.answers(failure, settings, ladder[n].settings, on_cpu=on_cpu))
-        step = next(helps, None)
-        if step is None:
-            say(f"rung {rung} failed ({failure}: {outcome.message}), and no later rung answers that")
-            return attempts, False
-        changes = ", ".join(
-            f"{name} {before} -> {after}"
-            for name, before in settings
-            if (after := getattr(ladder[step].settings, name)) != before
-        )
-        say(f"rung {rung} failed ({failure}: {outcome.message}); going on with rung {step}: {changes}")
-        rung = step
-    return attempts, False
-
-
-def attempt(rung: int, settings: EngineSettings, outcome: ChildOutcome) -> Attempt:
-    """The record of an attempt that ended."""
-    ending = "finished" if outcome.finished else "interrupted" if outcome.failure == "interrupted" else "failed"
-    return Attempt(
-        rung=rung,
-        settings=settings,
-        outcome=cast(Any, ending),
-        failure=outcome.failure,
-        message=outcome.message,
-        begin=outcome.begin,
-        duration_s=outcome.duration_s,
-        gpu_peak_bytes=outcome.gpu_peak_bytes,
-        host_peak_bytes=outcome.host_peak_bytes,
-        phases=list(outcome.phases),
-    )
-
-
-def cut_off(rung: int, settings: EngineSettings) -> Attempt:
-    """The record of an attempt that begins now, as it is to be read if nobody is left to tell how it ended."""
-    return Attempt(
-        rung=rung,
-        settings=settings,
-        outcome="interrupted",
-        failure="interrupted",
-        message="its job was killed, or the node went down; how long it ran is not known",
-        begin=datetime.now(UTC).isoformat(timespec="milliseconds"),
-        duration_s=0,
-        gpu_peak_bytes=None,
-        host_peak_bytes=0,
-        phases=[],
-    )
