@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -272,81 +266,6 @@ def test_damaged_headers_are_refused(tmp_path: Path, content: bytes, message: st
     with pytest.raises(ModelError, match=message) as caught:
         read_header(path)
     assert str(path) in str(caught.value)
-
-
-# --- the Hub -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hub(checkpoint: Path) -> Iterator[tuple[str, list[tuple[str, int]]]]:
-    """A Hub with one repository, and what it sent: path and bytes of every answer with a body."""
-    sent: list[tuple[str, int]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self._answer(body=False)
-
-        def do_GET(self) -> None:
-            self._answer(body=True)
-
-        def _answer(self, body: bool) -> None:
-            path = checkpoint / self.path.rpartition("/")[2].partition("?")[0]
-            if not self.path.startswith(f"/org/model/resolve/{REVISION}/") or not path.exists():
-                self.send_response(404)
-                self.send_header("X-Error-Code", "EntryNotFound")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
-            content, status = path.read_bytes(), 200
-            if wanted := self.headers.get("Range"):
-                first, last = wanted.removeprefix("bytes=").split("-")
-                content, status = content[int(first) : int(last) + 1], 206
-            self.send_response(status)
-            self.send_header("ETag", f'"{hash(path)}"')
-            self.send_header("X-Repo-Commit", REVISION)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            if body:
-                sent.append((path.name, len(content)))
-                self.wfile.write(content)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    # Weights that are never asked for: far more than the headers and than what a first range covers.
-    write_safetensors(checkpoint / "model-2.safetensors", {"lm_head.weight": ("BF16", [8_000_000], 16_000_000)})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", sent
-    server.shutdown()
-    server.server_close()
-
-
-REVISION = "0123456789abcdef0123456789abcdef01234567"
-
-
-def test_headers_come_from_the_hub_without_the_weights(hub: tuple[str, list[tuple[str, int]]], tmp_path: Path) -> None:
-    endpoint, sent = hub
-    code = f"""
-from reproval.model_facts import ModelError, read_hub
-print(read_hub("org/model", "{REVISION}").model_dump_json())
-try:
-    read_hub("org/other", "{REVISION}")
-except ModelError as error:
-    print(str(error).splitlines()[0])
-"""
-    # huggingface_hub reads its endpoint when it is imported, hence a process of its own.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    answer = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert answer.returncode == 0, answer.stderr
-    found, missing = answer.stdout.splitlines()
-    assert json.loads(found)["parameters"] == 128 + 8_000_000
-    assert sum(size for name, size in sent if name == "model-2.safetensors") < 1_000_000
-    assert missing.startswith(f"org/other at {REVISION}: cannot be read from the Hub")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 safetensors: 8 bytes little-endian give the length of a JSON header, which gives every tensor's dtype, shape and place
 (https://huggingface.co/docs/safetensors). Pure functions work on a configuration and a list of tensors; only
-`read_model` and `read_hub` touch files or the network.
+`read_model` and what it calls touch files.
 """
 
 from __future__ import annotations
@@ -57,27 +57,6 @@ def read_model(folder: Path) -> ModelFacts:
         # NVIDIA's quantizer writes a file of its own beside config.json.
         config = {**config, "quantization_config": _read_json(modelopt).get("quantization")}
     return facts_of(config, read_tensors(folder))
-
-
-def read_hub(model_id: str, revision: str, token: str | None = None) -> ModelFacts:
-    """Facts of a checkpoint on the Hugging Face Hub, by range requests for the headers. Raises ModelError."""
-    from huggingface_hub import get_safetensors_metadata, hf_hub_download
-
-    try:
-        config = _read_json(Path(hf_hub_download(model_id, "config.json", revision=revision, token=token)))
-        metadata = get_safetensors_metadata(model_id, revision=revision, token=token)
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(f"{model_id} at {revision}: cannot be read from the Hub: {error}") from error
-    return facts_of(
-        config,
-        [
-            Tensor(name, info.dtype, tuple(info.shape))
-            for file in metadata.files_metadata.values()
-            for name, info in file.tensors.items()
-        ],
-    )
 
 
 def read_tensors(folder: Path) -> list[Tensor]:
