@@ -9,7 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from reproval.model_facts import Tensor, facts_of
+from reproval.model_facts import facts_of
+from reproval.model_tensors import Tensor
 from reproval.records import ModelFacts
 
 FOLDER = Path(__file__).parent / "architectures"

@@ -12,7 +12,10 @@ import pytest
 from architecture_data import NAMES, facts, load, tensors
 
 from reproval.memory_model import GIB, cache_bytes_per_token, weights_bytes
-from reproval.model_facts import ModelError, Tensor, facts_of, layer_kinds, read_header, read_model, text_config
+from reproval.model_cache import layer_kinds
+from reproval.model_config import text_config
+from reproval.model_facts import facts_of, read_model
+from reproval.model_tensors import ModelError, Tensor, read_header
 from reproval.time_model import active_parameters
 
 
