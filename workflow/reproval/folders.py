@@ -53,6 +53,13 @@ def resolve(path: str, workdir: Path, base: Path | None = None) -> Path:
     return here
 
 
+def unexpanded(path: str) -> str | None:
+    """The mend for a path that hopes to be expanded; None for any other."""
+    if path.startswith("~") or "$" in path:
+        return "write the whole path: ~ and $VARIABLES are not expanded, as they differ inside a container"
+    return None
+
+
 def kind_of(path: Path) -> Literal["folder", "file"] | None:
     """What is at a path; None also where it cannot be looked at, or where the path is none (too long, a NUL)."""
     try:

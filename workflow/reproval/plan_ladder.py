@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from reproval import capability
 from reproval.memory_model import (
     BLOCK_TOKENS,
     MIB,
@@ -37,7 +38,6 @@ _FRUGAL_SEQUENCES = 256
 _WORTH_A_RUNG = 0.02
 """Share of the predicted peak that a rung must free."""
 _LOWER_CACHE = 0.85
-_FP8_CAPABILITY = 8.9
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,9 @@ def possible_quantizations(case: Case, methods: list[str]) -> list[str]:
     """Of these ways to quantize while loading, those that the machine and the checkpoint can take."""
     if not case.hardware.gpus or case.facts.quantization is not None:
         return []
-    capability = float(case.hardware.compute_capability or 0)
-    return [method for method in methods if method != "fp8" or capability >= _FP8_CAPABILITY]
+    known = case.hardware.compute_capability
+    fp8 = known is not None and not capability.lacks(known, capability.FP8)
+    return [method for method in methods if method != "fp8" or fp8]
 
 
 def _parallel_sizes(case: Case) -> list[int]:

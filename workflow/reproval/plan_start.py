@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from reproval import capability
 from reproval.memory_model import (
     BLOCK_TOKENS,
     CPU_BLOCK_TOKENS,
@@ -78,8 +79,7 @@ class Case:
     @property
     def lacks_bfloat16(self) -> bool:
         """Whether vLLM refuses bfloat16 here (check_if_supports_dtype of vllm/platforms/cuda.py)."""
-        capability = self.hardware.compute_capability
-        return bool(self.hardware.gpus and capability and float(capability) < 8.0)
+        return self.hardware.gpus > 0 and capability.lacks(self.hardware.compute_capability, capability.BFLOAT16)
 
     def allows(self, lever: Lever) -> bool:
         return lever in self.policy.neutral_levers or lever in self.rule.score_levers

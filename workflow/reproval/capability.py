@@ -1,0 +1,16 @@
+"""What a GPU can do, by NVIDIA's compute capability: text such as "9.0" in the configuration and the records."""
+
+from __future__ import annotations
+
+BFLOAT16 = (8, 0)
+# Ada; below it vLLM keeps fp8 weights only and computes in 16 bit, which gives other scores.
+FP8 = (8, 9)
+BATCH_INVARIANT = (8, 0)
+
+
+def lacks(capability: object, needed: tuple[int, int]) -> bool:
+    """Whether a capability is known, and is below the one that is needed."""
+    if not isinstance(capability, str):
+        return False
+    major, minor = capability.split(".")
+    return (int(major), int(minor)) < needed
