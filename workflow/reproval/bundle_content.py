@@ -15,6 +15,7 @@ import yaml
 from reproval import __version__, folders, scrub
 from reproval.bundle_archive import SUMS, BundleError, Content
 from reproval.files import read_record
+from reproval.keep import RESULT, SAMPLES
 from reproval.records import Evaluation, UnitResult
 from reproval.run_file import RunFile
 
@@ -43,9 +44,7 @@ def read_runs(results: Path, evaluations: Iterable[Path]) -> list[BundledRun]:
     runs = []
     for path in evaluations:
         evaluation = read_record(path, Evaluation)
-        units = [
-            (unit.folder, read_record(results / unit.folder / "result.json", UnitResult)) for unit in evaluation.units
-        ]
+        units = [(unit.folder, read_record(results / unit.folder / RESULT, UnitResult)) for unit in evaluation.units]
         runs.append(BundledRun(path.parent, read_record(path.parent / "run.json", RunFile), evaluation, units))
     return runs
 
@@ -123,10 +122,10 @@ def members(
             elif path.exists():
                 found[inside] = path
         for folder, _ in run.units:
-            found[f"results/{folder}/samples.jsonl.gz"] = results / folder / "samples.jsonl.gz"
-            text = (results / folder / "result.json").read_text(encoding="utf-8")
+            found[f"results/{folder}/{SAMPLES}"] = results / folder / SAMPLES
+            text = (results / folder / RESULT).read_text(encoding="utf-8")
             # lm-eval notes where a task's file was. Only the project's own place is taken out of it.
-            found[f"results/{folder}/result.json"] = text.replace(f"{workdir.resolve()}/", "").encode()
+            found[f"results/{folder}/{RESULT}"] = text.replace(f"{workdir.resolve()}/", "").encode()
         for unit in run.run.run.units:
             if unit.include_path is not None:
                 folder_path = folders.resolve(unit.include_path, workdir, base)
@@ -193,7 +192,7 @@ def _refuse_secrets(name: str, content: Content) -> None:
                 f"{name}: no gzip file ({error}), so that it cannot be searched for secrets; expected what its name "
                 "says. Rename it, or write it again"
             ) from error
-    samples = name.startswith("results/") and name.endswith("/samples.jsonl.gz")
+    samples = name.startswith("results/") and name.endswith(f"/{SAMPLES}")
     text = data.decode("utf-8", errors="replace")
     told = scrub.own(text) if samples or name == SBOM or name.startswith("workflow/") else scrub.leaks(text)
     if told is not None:

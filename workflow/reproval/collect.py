@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from reproval import statistics
 from reproval.files import RecordError, atomic, read_record
+from reproval.keep import RESULT, SAMPLES
 from reproval.records import Evaluation, Facts, Score, UnitReference, UnitResult
 from reproval.samples import SampleKey, TaskSamples, read_all
 from reproval.statistics import Floats, Interval
@@ -107,16 +108,16 @@ def load(results: Path, evaluations: Sequence[Path]) -> list[ModelData]:
         for reference in record.units:
             folder = results / reference.folder
             try:
-                result = read_record(folder / "result.json", UnitResult)
+                result = read_record(folder / RESULT, UnitResult)
             except RecordError as error:
                 raise RecordError(f"{error}: remove {path}, which names it, and start again") from error
             if result.key != reference.key:
                 raise RecordError(
-                    f"{folder / 'result.json'}: key: expected {reference.key} as {path} names it, found {result.key}. "
+                    f"{folder / RESULT}: key: expected {reference.key} as {path} names it, found {result.key}. "
                     f"The evaluation and its results are of different runs: remove {path}, and start again"
                 )
             units.append((reference, result))
-            wanted.append((folder / "samples.jsonl.gz", result.samples_sha256))
+            wanted.append((folder / SAMPLES, result.samples_sha256))
         loaded.append(units)
     samples = iter(read_all(wanted))
     return [

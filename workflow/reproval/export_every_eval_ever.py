@@ -34,6 +34,7 @@ from reproval.collect import (
     task_settings,
 )
 from reproval.files import sha256_file, sha256_json
+from reproval.keep import SAMPLES
 from reproval.manifests import Manifests
 from reproval.records import Score
 from reproval.scrub import scrub
@@ -392,7 +393,7 @@ def write(
             if results is not None:
                 path, rows = folder / f"{name}_samples.jsonl", 0
                 with path.open("w", encoding="utf-8") as stream:
-                    for row in samples(_lines(results / unit.reference.folder / "samples.jsonl.gz"), log):
+                    for row in samples(_lines(results / unit.reference.folder / SAMPLES), log):
                         stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
                         rows += 1
                 if rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from reproval import capability
 from reproval.memory_model import (
@@ -18,12 +18,22 @@ from reproval.memory_model import (
     round_up,
     weights_bytes,
 )
-from reproval.records import Dtype, EngineSettings, Hardware, Lever, ModelFacts, PulledLever, Reason, TaskFacts
+from reproval.records import (
+    Dtype,
+    EngineSettings,
+    Hardware,
+    Lever,
+    ModelFacts,
+    PulledLever,
+    Reason,
+    ScoreLever,
+    TaskFacts,
+)
 from reproval.settings import ModelConfig
 from reproval.tiers import Policy, Start, TierRule
 from reproval.time_model import estimate
 
-SCORE_LEVERS = ("max_model_len", "quantization", "kv_cache_dtype", "dtype")
+SCORE_LEVERS: tuple[ScoreLever, ...] = get_args(ScoreLever)
 FEWEST_SEQUENCES = 16
 FEWEST_SUBMITTED, MOST_SUBMITTED = 64, 8192
 _SHORTEST_LENGTH = 256

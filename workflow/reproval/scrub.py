@@ -35,9 +35,9 @@ _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL", re.IGNORECA
 _PATH = re.compile(r"file://[^\s\"'<>]+|(?<![\w./-])(?:~[\w.-]*)?/[\w.+@~-]+(?:/[\w.+@~-]+)+/?")
 
 
-def secret_values(env: Mapping[str, str] = os.environ) -> list[str]:
-    """Values of variables that are named like secrets, long enough not to be found by chance."""
-    return [value for name, value in env.items() if _SECRET_NAME.search(name) and len(value) >= 8]
+def secret_values(env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Name and value of variables that are named like secrets, long enough not to be found by chance."""
+    return {name: value for name, value in env.items() if _SECRET_NAME.search(name) and len(value) >= 8}
 
 
 def scrub(value: Any, project: Path, env: Mapping[str, str] = os.environ) -> tuple[Any, int]:
@@ -45,7 +45,7 @@ def scrub(value: Any, project: Path, env: Mapping[str, str] = os.environ) -> tup
 
     A path inside `project` becomes relative to it.
     """
-    secrets, root = secret_values(env), str(project.resolve()).rstrip("/")
+    secrets, root = secret_values(env).values(), str(project.resolve()).rstrip("/")
     seen: dict[str, str] = {}
     removed = 0
 
@@ -96,9 +96,7 @@ def own(text: str, env: Mapping[str, str] = os.environ) -> str | None:
 
     Also as JSON and HTML write it, where a secret has quotes, backslashes, ampersands or letters beyond ASCII.
     """
-    for name, value in env.items():
-        if not (_SECRET_NAME.search(name) and len(value) >= 8):
-            continue
+    for name, value in secret_values(env).items():
         written = {value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], html.escape(value)}
         if any(form in text for form in written):
             return f"the value of the environment variable {name}"

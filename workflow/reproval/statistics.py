@@ -61,6 +61,11 @@ def student_quantile(p: float, freedom: int) -> float:
     return float(stats.t.ppf(p, freedom))
 
 
+def reach_of_test(alpha: float) -> float:
+    """How many standard errors a difference must have, to be found by a normal test with a power of 80 %."""
+    return normal_quantile(1 - alpha / 2) + normal_quantile(POWER)
+
+
 def is_binary(values: Floats) -> bool:
     return bool(((values == 0) | (values == 1)).all())
 
@@ -312,10 +317,9 @@ def compare_strata(
     if se == 0:
         return Comparison(n, effect, None, None, _at_least_of_signs(float(effect == 0), a - b), "stratified")
     z = normal_quantile((1 + LEVEL) / 2)
-    reach = normal_quantile(1 - alpha / 2) + normal_quantile(POWER)
     p_value = _at_least_of_signs(float(2 * stats.norm.sf(abs(effect) / se)), a - b)
     return Comparison(
-        n, effect, effect - z * se, effect + z * se, p_value, "stratified", detectable=reach * se,
+        n, effect, effect - z * se, effect + z * se, p_value, "stratified", detectable=reach_of_test(alpha) * se,
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ import numpy as np
 from scipy import optimize, special, stats
 
 from reproval import statistics
-from reproval.statistics import LEVEL, POWER, Floats, Scale
+from reproval.statistics import LEVEL, Floats, Scale, normal_quantile, reach_of_test
 
 Verdict = Literal["identical", "reproduced", "differs", "inconclusive"]
 
@@ -157,7 +157,7 @@ def not_inferior(only_ours: int, only_theirs: int, n: int, margin: float) -> flo
 
 def tango_interval(only_ours: int, only_theirs: int, n: int, level: float = LEVEL) -> tuple[float, float]:
     """Score interval for the difference of paired proportions: every D that Tango's statistic does not reject."""
-    z = float(stats.norm.ppf((1 + level) / 2))
+    z = normal_quantile((1 + level) / 2)
     edge = 1 - 1e-12
 
     def at(d: float, target: float) -> float:
@@ -356,7 +356,7 @@ def unpaired_proportions(
     p_difference = 1.0
     if abs(effect) > rounding:
         p_difference = float(2 * stats.norm.sf(abs(z(math.copysign(rounding, effect)))))
-    reach = float(stats.norm.ppf((1 + LEVEL) / 2))
+    reach = normal_quantile((1 + LEVEL) / 2)
     edge = 1 - 1e-9
     low, high = _crossing(z, -edge, effect, reach, -1.0), _crossing(z, effect, edge, -reach, 1.0)
     adjusted = [(p * n + 1) / (n + 2) for p, n in ((ours, n_ours), (theirs, n_theirs))]
@@ -368,7 +368,7 @@ def unpaired_proportions(
         min(high + rounding, 1.0),
         p_equivalence,
         p_difference,
-        _reach(alpha) * stderr + rounding,
+        reach_of_test(alpha) * stderr + rounding,
         margin,
         "two proportions, score",
     )
@@ -406,7 +406,7 @@ def unpaired_values(
     p_equivalence = tost_t(effect, stderr, limit - rounded, df) if limit > rounded else 1.0
     p_difference = min(1.0, float(2 * stats.t.sf((abs(effect) - rounded) / stderr, df)))
     half = float(stats.t.ppf((1 + LEVEL) / 2, df)) * stderr + rounded
-    detectable = _reach(alpha) * stderr + rounded
+    detectable = reach_of_test(alpha) * stderr + rounded
     shown: Callable[[float], float] = math.exp if scale == "ratio" else float
     return Evidence(
         n,
@@ -420,7 +420,3 @@ def unpaired_values(
         "two values, t" if math.isfinite(df) else "two values, normal",
         scale,
     )
-
-
-def _reach(alpha: float) -> float:
-    return float(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(POWER))
