@@ -142,7 +142,7 @@ def record(model: ModelData, unit: UnitData, manifests: Manifests, source: Sourc
             ),
         },
         "model_info": _model_info(model, unit, manifests, identity),
-        "evaluation_results": [_result(model, unit, score, manifests) for score in scores],
+        "evaluation_results": [_result(unit, score, manifests) for score in scores],
     }
 
 
@@ -178,7 +178,7 @@ def result_id(score: Score) -> str:
     return f"{score.task}:{score.metric}:{score.filter}"
 
 
-def _result(model: ModelData, unit: UnitData, score: Score, manifests: Manifests) -> dict[str, Any]:
+def _result(unit: UnitData, score: Score, manifests: Manifests) -> dict[str, Any]:
     result = unit.result
     known = metrics().get(score.metric, {})
     low, high = known.get("range", (None, None))

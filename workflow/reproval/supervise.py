@@ -208,10 +208,9 @@ class _Run:
             if self.done and done_at is None:
                 done_at = now
             self._enforce(now, alive, done_at)
-        if not lines[events].ended:
-            for record in lines[events].read():
-                if isinstance(record.get("event"), str):
-                    self._event(record, sampler)
+        for record in lines[events].read():
+            if isinstance(record.get("event"), str):
+                self._event(record, sampler)
 
     def _status(self, record: Event) -> None:
         if "exited" in record:
