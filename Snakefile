@@ -62,6 +62,7 @@ localrules:
     all,
     stage,
     stage_model,
+    stage_weights,
     stage_suite,
     check_store,
     facts,

@@ -72,7 +72,8 @@ class Hub(BaseHTTPRequestHandler):
 
     def file(self, name: str) -> None:
         data, wanted = self.files[name], self.headers.get("Range")
-        begin = int(wanted.removeprefix("bytes=").partition("-")[0]) if wanted else 0
+        first, _, last = wanted.removeprefix("bytes=").partition("-") if wanted else ("0", "", "")
+        begin, end = int(first), min(int(last or len(data)) + 1, len(data))
         send = self.breaks.get(name)
         if name in self.reaches:
             send = max(self.reaches[name] - begin, 0)
@@ -80,8 +81,8 @@ class Hub(BaseHTTPRequestHandler):
         if self.command == "GET":
             self.asked.append((name, wanted))
         if wanted is not None:
-            about["Content_Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
-            self.answer(206, data[begin:], send, **about)
+            about["Content_Range"] = f"bytes {begin}-{end - 1}/{len(data)}"
+            self.answer(206, data[begin:end], send, **about)
         else:
             self.answer(200, data, send, **about)
 

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from examples import run_file
 from loopback_hub import COMMIT, Hub, serving
 
-from reproval import download, stage
+from reproval import download, stage, store
 from reproval.files import read_record
-from reproval.records import ModelManifest
+from reproval.model_tensors import Tensor, read_tensors
+from reproval.records import ModelManifest, StoredFile
 from reproval.run_file import RunFile, model_key, write_snapshot
 from reproval.settings import ModelConfig
 
@@ -33,31 +34,36 @@ FILES = {
 BASE = Path(__file__).resolve().parents[2]
 
 
+def weights(name: str, size: int, sha256: str = "0" * 64) -> StoredFile:
+    return StoredFile(path=name, size_bytes=size, sha256=sha256)
+
+
 @pytest.fixture
 def hub() -> Iterator[str]:
     with serving(FILES) as address:
         yield address
 
 
-def run(folder: Path, endpoint: str, model: dict[str, Any], **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python -m reproval.stage model` as the rule calls it."""
+def run(
+    folder: Path, endpoint: str, model: dict[str, Any], weights: bool = True, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`python -m reproval.stage model` as the rule calls it, and then `weights`."""
     entry = run_file()
     asked = entry.run.model_copy(update={"model": ModelConfig(**model), "identity": {"model": model, "units": []}})
     changed = RunFile(**(dict(entry) | {"run": asked, "store": str(folder / "store")}))
     snapshot = write_snapshot(folder, [changed])
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    told = ["--snapshot", str(snapshot), "--key", model_key(asked), "--out", "manifest.json"]
-    return subprocess.run(
-        [sys.executable, "-m", "reproval.stage", "model", *told],
-        cwd=folder,
-        env=clean
-        | {"PYTHONPATH": str(BASE / "workflow"), "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home")}
-        | {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
-        | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    clean |= {"PYTHONPATH": str(BASE / "workflow"), "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home")}
+    clean |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+
+    def stage(*told: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "reproval.stage", *told]
+        return subprocess.run(command, cwd=folder, env=clean | environment, capture_output=True, text=True, timeout=120)
+
+    done = stage("model", "--snapshot", str(snapshot), "--key", model_key(asked), "--out", "manifest.json")
+    if done.returncode or not weights:
+        return done
+    return stage("weights", "--manifest", "manifest.json", "--out", "manifest.weights")
 
 
 def test_a_hub_model_is_stored_at_its_commit_without_what_nobody_reads(tmp_path: Path, hub: str) -> None:
@@ -101,7 +107,70 @@ def test_a_small_file_that_is_not_the_hubs_is_refused_too(tmp_path: Path, hub: s
 
 MIB = 2**20
 # The Hub's client keeps what has come in pieces of 10 MiB.
-LARGE = bytes(range(256)) * (35 * 4096)
+DATA = bytes(range(256)) * (35 * 4096)
+HEADER = json.dumps({"w": {"dtype": "U8", "shape": [len(DATA)], "data_offsets": [0, len(DATA)]}}).encode()
+LARGE = len(HEADER).to_bytes(8, "little") + HEADER + DATA
+
+
+def test_a_plan_needs_no_more_of_large_weights_than_their_headers(tmp_path: Path, hub: str) -> None:
+    Hub.files["model.safetensors"] = Hub.promised["model.safetensors"] = LARGE
+    model = {"hub": "org/m", "revision": COMMIT}
+    done = run(tmp_path, hub, model, weights=False)
+    assert done.returncode == 0, done.stderr
+    assert [wanted for name, wanted in Hub.asked if name == "model.safetensors"] == ["bytes=0-100000"]
+    manifest = read_record(tmp_path / "manifest.json", ModelManifest)
+    promised = next(entry for entry in manifest.files if entry.path == "model.safetensors")
+    assert (promised.size_bytes, promised.sha256) == (len(LARGE), hashlib.sha256(LARGE).hexdigest())
+    folder = tmp_path / manifest.folder
+    assert not (folder / "model.safetensors").exists()
+    assert read_tensors(folder) == [Tensor("w", "U8", (len(DATA),))]
+    planned = (tmp_path / "manifest.json").read_bytes()
+    assert run(tmp_path, hub, model).returncode == 0
+    assert (folder / "model.safetensors").read_bytes() == LARGE
+    assert read_tensors(folder) == [Tensor("w", "U8", (len(DATA),))]
+    assert (tmp_path / "manifest.json").read_bytes() == planned, "what was planned would be planned again"
+
+
+def test_until_weights_have_come_only_they_may_be_missing(
+    tmp_path: Path, hub: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Hub.files["model.safetensors"] = Hub.promised["model.safetensors"] = LARGE
+    assert run(tmp_path, hub, {"hub": "org/m", "revision": COMMIT}, weights=False).returncode == 0
+    monkeypatch.chdir(tmp_path)
+    manifest = tmp_path / "models/m.json"
+    manifest.parent.mkdir()
+    shutil.copy("manifest.json", manifest)
+    assert store.of_manifest(manifest, tmp_path / "store") == []
+    manifest.with_suffix(store.WEIGHTS_NOTE).touch()
+    (wrong,) = store.of_manifest(manifest, tmp_path / "store")
+    assert wrong.endswith("model.safetensors: missing")
+    manifest.with_suffix(store.WEIGHTS_NOTE).unlink()
+    next(tmp_path.rglob("tokenizer.json")).unlink()
+    (wrong,) = store.of_manifest(manifest, tmp_path / "store")
+    assert wrong.endswith("tokenizer.json: missing")
+
+
+def test_weights_whose_header_is_none_are_refused_before_they_are_fetched(tmp_path: Path, hub: str) -> None:
+    Hub.files["model.safetensors"] = Hub.promised["model.safetensors"] = DATA
+    done = run(tmp_path, hub, {"hub": "org/m", "revision": COMMIT})
+    assert done.returncode != 0
+    assert "models.m: model.safetensors: its header cannot be read" in done.stderr
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_large_weights_that_were_damaged_in_the_store_are_named(tmp_path: Path, hub: str) -> None:
+    Hub.files["model.safetensors"] = Hub.promised["model.safetensors"] = LARGE
+    model = {"hub": "org/m", "revision": COMMIT}
+    assert run(tmp_path, hub, model).returncode == 0
+    weights = next((tmp_path / "store").rglob("model.safetensors"))
+    weights.write_bytes(LARGE[:-1] + b"!")
+    damaged = run(tmp_path, hub, model)
+    assert damaged.returncode != 0
+    assert "remove these files and run `snakemake stage` again" in damaged.stderr
+    assert f"{weights.relative_to(tmp_path)}: its content is not what was staged" in damaged.stderr
+    weights.unlink()
+    assert run(tmp_path, hub, model).returncode == 0
+    assert weights.read_bytes() == LARGE
 
 
 def test_a_connection_that_breaks_is_resumed_where_it_broke(tmp_path: Path, hub: str) -> None:
@@ -123,7 +192,7 @@ def test_a_download_that_failed_goes_on_in_the_next_run(tmp_path: Path, hub: str
     assert failed.returncode != 0
     assert "Traceback" not in failed.stderr
     assert "run `snakemake stage` again" in failed.stderr
-    assert not (tmp_path / "manifest.json").exists()
+    assert not (tmp_path / "manifest.weights").exists()
     assert not list((tmp_path / "store").rglob("model.safetensors"))
     Hub.reaches.clear()
     Hub.asked.clear()
@@ -147,7 +216,7 @@ def test_what_came_is_kept_only_if_it_is_what_was_promised(tmp_path: Path, hub: 
 def test_a_disk_without_room_is_told_before_the_download(tmp_path: Path) -> None:
     size = 10 * shutil.disk_usage(tmp_path).free
     with pytest.raises(download.DownloadError, match="GiB are to come"):
-        download.fetch("org/m", COMMIT, [download.Wanted("model.safetensors", size, "0" * 64)], tmp_path / "m")
+        download.fetch("org/m", COMMIT, [weights("model.safetensors", size)], tmp_path / "m")
 
 
 def test_a_file_that_was_damaged_in_the_store_is_named_and_fetched_again(tmp_path: Path, hub: str) -> None:
@@ -217,7 +286,7 @@ def test_on_a_file_system_without_locks_it_is_downloaded_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = b"weights"
-    wanted = download.Wanted("model.safetensors", len(data), hashlib.sha256(data).hexdigest())
+    wanted = weights("model.safetensors", len(data), hashlib.sha256(data).hexdigest())
     part = tmp_path / download.PARTS / f"{wanted.sha256}.part"
     part.parent.mkdir()
     part.write_bytes(data)
@@ -252,16 +321,10 @@ def test_a_gated_model_that_is_whole_stays_staged_without_a_token(tmp_path: Path
 
 def test_what_is_too_large_for_http_is_left_to_the_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"a.safetensors": 20 * MIB, "b.safetensors": 50 * 10**9, "c.safetensors": 50 * 10**9 + 1}
-    siblings = [
-        SimpleNamespace(rfilename=name, lfs=SimpleNamespace(size=size, sha256="0" * 64), blob_id="")
-        for name, size in sizes.items()
-    ]
-    info = SimpleNamespace(sha=COMMIT, siblings=siblings)
-    ours, left_out = [], []
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda: SimpleNamespace(model_info=lambda *_, **__: info))
+    ours, theirs = [], []
     monkeypatch.setattr(download, "fetch", lambda _, __, wanted, ___: ours.extend(file.path for file in wanted))
     monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda *_, ignore_patterns, **__: left_out.extend(ignore_patterns)
+        "huggingface_hub.snapshot_download", lambda *_, allow_patterns, **__: theirs.extend(allow_patterns)
     )
-    stage.fetch_model("m", ModelConfig(hub="org/m", revision=COMMIT), tmp_path, ["*.safetensors"])
-    assert ours == left_out == ["a.safetensors", "b.safetensors"]
+    stage.fetch_files("org/m", COMMIT, [weights(name, size) for name, size in sizes.items()], tmp_path)
+    assert (ours, theirs) == (["a.safetensors", "b.safetensors"], ["c.safetensors"])

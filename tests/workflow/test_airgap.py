@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Snakemake, command, environment, without_network
-from loopback_hub import COMMIT, serving
+from loopback_hub import COMMIT, Hub, serving
 
 from reproval.files import read_record
 from reproval.records import ModelManifest, TaskManifest
@@ -43,11 +43,12 @@ metadata: {version: 1}
 
 
 def model_files(model: Path) -> dict[str, bytes]:
-    """The demo's model with weights of two shards, of which nothing but the headers is real."""
+    """The demo's model with weights of two shards, of which nothing but the headers is real. The second is large."""
     files = {path.name: path.read_bytes() for path in model.iterdir() if path.suffix in (".json", ".txt", ".jinja")}
-    for number in (1, 2):
-        header = json.dumps({f"w{number}": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
-        data = len(header).to_bytes(8, "little") + header + bytes(8)
+    for number, size in ((1, 8), (2, 12 * 2**20)):
+        tensor = {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}
+        header = json.dumps({f"w{number}": tensor}).encode()
+        data = len(header).to_bytes(8, "little") + header + bytes(size)
         files[f"model-0000{number}-of-00002.safetensors"] = data
     names = {f"w{number}": f"model-0000{number}-of-00002.safetensors" for number in (1, 2)}
     files["model.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": names}).encode()
@@ -64,16 +65,24 @@ def staged(tmp_path_factory: pytest.TempPathFactory, demo_model: Path, engine: P
     data.write_text('{"country": "France", "answer": 0}\n{"country": "Italy", "answer": 1}\n')
     (folder / "tasks/capitals.yaml").write_text(TASK.replace("DATA", str(data)))
     with serving(model_files(demo_model)) as address:
-        done = subprocess.run(
-            command("--configfile", "config.yaml", "--", "stage"),
-            cwd=folder,
-            env=environment() | {"HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=300,
-        )
-    assert done.returncode == 0, done.stdout
+
+        def ask(target: str) -> subprocess.CompletedProcess[str]:
+            done = subprocess.run(
+                command("--configfile", "config.yaml", "--", target),
+                cwd=folder,
+                env=environment() | {"HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=300,
+            )
+            assert done.returncode == 0, done.stdout
+            return done
+
+        assert "tiny" in ask("plan").stdout
+        large = "model-00002-of-00002.safetensors"
+        assert [wanted for name, wanted in Hub.asked if name == large] == ["bytes=0-100000"], "a plan fetched weights"
+        done = ask("stage")
     assert "The store resources is complete: 2 manifests" in done.stdout
     return folder
 
@@ -84,7 +93,7 @@ def stored(staged: Path, what: str) -> Path:
         (path,) = (staged / "resources/manifests/suites").iterdir()
         arrow = next(entry for entry in read_record(path, TaskManifest).files if entry.path.endswith(".arrow"))
         return staged / "resources" / arrow.path
-    (path,) = (staged / "resources/manifests/models").iterdir()
+    (path,) = (staged / "resources/manifests/models").glob("*.json")
     name = {"tokenizer": "tokenizer.json", "shard": "model-00002-of-00002.safetensors"}[what]
     return staged / read_record(path, ModelManifest).folder / name
 

@@ -45,8 +45,8 @@ def look_at_store(runs: Sequence[RunFile], images: Sequence[Path], deep: bool) -
     """Compare the store with every manifest that the runs need."""
     folder = Path(runs[0].store)
     every_one = [*store.manifests(runs), *images]
-    missing = [str(path) for path in every_one if not path.is_file()]
     there = [path for path in every_one if path.is_file()]
+    missing = [str(path) for path in [*every_one, *store.weights_notes(runs)] if not path.is_file()]
     wrong = [line for path in there for line in store.of_manifest(path, folder, deep, changed=True)]
     return Staged(len(every_one), missing, wrong)
 
@@ -58,7 +58,7 @@ def store_finding(staged: Staged, deep: bool) -> Finding:
         more = f" (and {len(staged.wrong) - 1} more)" if len(staged.wrong) > 1 else ""
         return Finding("head", "store complete", "problem", f"{staged.wrong[0]}{more}", store.MEND)
     if staged.missing:
-        found = f"{len(staged.missing):,} of {staged.manifests:,} manifests missing, the first {staged.missing[0]}"
+        found = f"{len(staged.missing):,} of what `stage` leaves are missing, the first {staged.missing[0]}"
         return Finding("head", "store complete", "warning", found, "snakemake stage, where the network is")
     return Finding("head", "store complete", "ok", f"{staged.manifests:,} manifests, compared by {how}")
 

@@ -8,14 +8,16 @@ It is complete when its SHA-256 is the Hub's.
 from __future__ import annotations
 
 import fcntl
+import json
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from reproval.files import NO_LOCKS, sha256_file
+from reproval.files import NO_LOCKS, atomic, sha256_file
+from reproval.model_tensors import HEADERS
+from reproval.records import StoredFile
 
 LARGE_BYTES = 10 * 2**20
 """The client writes pieces of this size; of a smaller file nothing is kept."""
@@ -27,16 +29,7 @@ class DownloadError(Exception):
     """A file could not be had, or is not what was promised."""
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """A file of a repository at a commit, and what the Hub says of it."""
-
-    path: str
-    size_bytes: int
-    sha256: str
-
-
-def fetch(repository: str, commit: str, wanted: Sequence[Wanted], folder: Path) -> None:
+def fetch(repository: str, commit: str, wanted: Sequence[StoredFile], folder: Path) -> None:
     """Download these files into `folder`, each whole or not at all; those that are there already are left alone.
 
     Raises DownloadError, OSError and the client's own errors, with what has come kept in FOLDER/.parts.
@@ -57,20 +50,47 @@ def fetch(repository: str, commit: str, wanted: Sequence[Wanted], folder: Path) 
         parts.rmdir()
 
 
-def _is_there(path: Path, file: Wanted) -> bool:
+def fetch_headers(repository: str, commit: str, names: Sequence[str], folder: Path) -> None:
+    """Read the headers of these safetensors files by range requests, into FOLDER/.headers, but of those that are there.
+
+    Raises DownloadError, OSError and the client's own errors.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import SafetensorsParsingError
+
+    def header(name: str) -> None:
+        path = folder / HEADERS / f"{name}.json"
+        if path.exists() or (folder / name).exists():
+            return
+        try:
+            found = HfApi().parse_safetensors_file_metadata(repository, name, revision=commit)
+        except SafetensorsParsingError as error:
+            raise DownloadError(f"{name}: its header cannot be read: {error}") from error
+        tensors = {
+            tensor: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
+            for tensor, info in found.tensors.items()
+        }
+        with atomic(path) as stream:
+            json.dump(tensors, stream)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(header, names))
+
+
+def _is_there(path: Path, file: StoredFile) -> bool:
     return path.is_file() and path.stat().st_size == file.size_bytes
 
 
-def _part(parts: Path, file: Wanted) -> Path:
+def _part(parts: Path, file: StoredFile) -> Path:
     return parts / f"{file.sha256}.part"
 
 
-def _come(parts: Path, file: Wanted) -> int:
+def _come(parts: Path, file: StoredFile) -> int:
     path = _part(parts, file)
     return path.stat().st_size if path.exists() else 0
 
 
-def _fetch_one(repository: str, commit: str, file: Wanted, folder: Path) -> None:
+def _fetch_one(repository: str, commit: str, file: StoredFile, folder: Path) -> None:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers

@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 from reproval.folders import LONGEST_HEADER_BYTES
 from reproval.records import TensorTotal
 
+HEADERS = ".headers"
+"""Folder beside a model's files with the headers of weights that are still on the Hub: NAME.json for each file NAME."""
+
 ITEM_BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
     "U16": 16, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
@@ -42,7 +45,10 @@ class Tensor(NamedTuple):
 
 
 def read_tensors(folder: Path) -> list[Tensor]:
-    """All tensors of a folder's safetensors files: those of the index if there is one. Raises ModelError."""
+    """All tensors of a folder's safetensors files: those of the index if there is one. Raises ModelError.
+
+    Of a file that is still on the Hub its header is enough.
+    """
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
@@ -50,19 +56,29 @@ def read_tensors(folder: Path) -> list[Tensor]:
         except (KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"{index}: has no weight_map; download the checkpoint again") from error
     else:
-        names = sorted(path.name for path in folder.glob("*.safetensors"))
+        awaited = (path.stem for path in (folder / HEADERS).glob("*.safetensors.json"))
+        names = sorted({*(path.name for path in folder.glob("*.safetensors")), *awaited})
         if "model.safetensors" in names:
             # Some checkpoints carry a second copy beside it (consolidated.safetensors).
             names = ["model.safetensors"]
     if not names:
         raise ModelError(f"{folder}: has no *.safetensors file; other weight formats are not planned for")
-    return [tensor for name in names for tensor in read_header(folder / name)]
+    return [tensor for name in names for tensor in _tensors_of(folder, name)]
+
+
+def _tensors_of(folder: Path, name: str) -> list[Tensor]:
+    awaited = folder / HEADERS / f"{name}.json"
+    if awaited.exists() and not (folder / name).exists():
+        return declared(read_json(awaited), awaited)
+    return read_header(folder / name)
+
+
+MEND = "download it again"
 
 
 def read_header(path: Path) -> list[Tensor]:
     """Tensors that one safetensors file declares. Raises ModelError for a header that cannot be true."""
-    damaged = f"{path}: damaged safetensors file"
-    mend = "download it again"
+    damaged, mend = _damaged(path), MEND
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
@@ -79,6 +95,16 @@ def read_header(path: Path) -> list[Tensor]:
         raise ModelError(f"{damaged}: its header is not JSON ({error}); {mend}") from error
     if not isinstance(header, dict):
         raise ModelError(f"{damaged}: its header is not an object; {mend}")
+    return declared(header, path, size - 8 - length)
+
+
+def _damaged(path: Path) -> str:
+    return f"{path}: damaged safetensors file"
+
+
+def declared(header: dict[str, Any], path: Path, data_bytes: float = math.inf) -> list[Tensor]:
+    """Tensors of a header that was read from `path`, behind which so many bytes follow. Raises ModelError."""
+    damaged, mend = _damaged(path), MEND
     tensors = []
     for name, entry in header.items():
         if name == "__metadata__":
@@ -88,8 +114,8 @@ def read_header(path: Path) -> list[Tensor]:
             begin, end = entry["data_offsets"]
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{damaged}: tensor {name} lacks dtype, shape or data_offsets; {mend}") from error
-        if end > size - 8 - length:
-            raise ModelError(f"{damaged}: tensor {name} ends {end - (size - 8 - length)} bytes behind the file; {mend}")
+        if end > data_bytes:
+            raise ModelError(f"{damaged}: tensor {name} ends {end - data_bytes} bytes behind the file; {mend}")
         if tensor.dtype in ITEM_BITS and (end - begin) * 8 != tensor.elements * ITEM_BITS[tensor.dtype]:
             raise ModelError(f"{damaged}: tensor {name} has {end - begin} bytes for {tensor.shape} of {tensor.dtype}")
         tensors.append(tensor)

@@ -1,7 +1,9 @@
 """The stage `stage`: everything that needs the network, fetched once into the store and written down.
 
-A model comes from the Hub at a commit, or lies in a local folder that is left where it is. Data sets are fetched by
-letting lm-eval load every task with the caches inside the store. Afterwards nothing needs the network.
+A model comes from the Hub at a commit, or lies in a local folder that is left where it is. Of a Hub's model the
+manifest comes first, with the headers of large weights and what the Hub promises of them: so much is enough to plan.
+The weights themselves are a second step. Data sets are fetched by letting lm-eval load every task with the caches
+inside the store. Afterwards nothing needs the network.
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ import hashlib
 import os
 import sys
 import traceback
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from reproval import download
-from reproval.files import RecordError, read_record, sha256_file, sha256_json, write_record
+from reproval.files import RecordError, atomic, read_record, sha256_file, sha256_json, write_record
 from reproval.folders import walk
 from reproval.records import DatasetSource, ModelManifest, StoredFile, TaskManifest
 from reproval.run_file import RunFile, first_of_suite, of_model
@@ -26,6 +30,7 @@ from reproval.store import message, troubles
 # What an engine and a tokenizer read. Other formats of the same weights (.bin, .pth, .gguf, .onnx) stay on the Hub.
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 PYTHON_FILES = ["*.py"]
+WEIGHTS = ".safetensors"
 # Variables that huggingface_hub reads a token from.
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 # A hidden copy of the manifest beside the files that it describes.
@@ -45,31 +50,34 @@ def digest_of(files: list[StoredFile]) -> str:
     return sha256_json(sorted([entry.path, entry.sha256] for entry in files))
 
 
-def list_files(folder: Path, patterns: list[str]) -> list[StoredFile]:
+def list_files(folder: Path, patterns: list[str], but: Collection[str] = ()) -> list[StoredFile]:
     """Size and SHA-256 of every file below `folder` whose name matches, hidden ones left out. Reads every byte."""
     return [
-        StoredFile(path=path.relative_to(folder).as_posix(), size_bytes=path.stat().st_size, sha256=sha256_file(path))
+        StoredFile(path=name, size_bytes=path.stat().st_size, sha256=sha256_file(path))
         for path in walk(folder)
         if any(path.match(pattern) for pattern in patterns)
+        if (name := path.relative_to(folder).as_posix()) not in but
     ]
 
 
 def stage_model(name: str, model: ModelConfig, store: Path) -> ModelManifest:
-    """Fetch a model into STORE/models/NAME-COMMIT12, or take a local folder as it is.
+    """Fetch a model into STORE/models/NAME-COMMIT12, all but large weights, or take a local folder as it is.
 
+    The manifest has the large weights too, by what the Hub says of them; `stage_weights` fetches them.
     Raises StageError: the Hub cannot be reached, the repository needs a token, a file differs from the Hub's SHA-256.
     """
     patterns = MODEL_FILES + (PYTHON_FILES if model.trust_remote_code else [])
     revision: str | None = None
     promised: dict[str, str | None] = {}
+    awaited: list[StoredFile] = []
     if model.path is not None:
         folder = Path(model.path)
     else:
         try:
-            folder, revision, promised = fetch_model(name, model, store, patterns)
+            folder, revision, promised, awaited = fetch_model(name, model, store, patterns)
         except Unreachable as error:
             return kept_model(name, model, store, error)
-    files = list_files(folder, patterns)
+    files = list_files(folder, patterns, [file.path for file in awaited])
     for entry in files:
         path = folder / entry.path
         if not _is_promised(path, entry, promised.get(entry.path)):
@@ -77,7 +85,8 @@ def stage_model(name: str, model: ModelConfig, store: Path) -> ModelManifest:
             raise StageError(
                 f"{path}: is not what the Hub has (its hash differs) and was removed; run `snakemake stage` again"
             )
-    if not any(entry.path.endswith(".safetensors") for entry in files):
+    files += awaited
+    if not any(entry.path.endswith(WEIGHTS) for entry in files):
         raise StageError(f"models.{name}: {folder} holds no .safetensors file; convert the checkpoint to safetensors")
     manifest = ModelManifest(
         model=name,
@@ -94,7 +103,7 @@ def stage_model(name: str, model: ModelConfig, store: Path) -> ModelManifest:
 
 
 def kept_model(name: str, model: ModelConfig, store: Path, unreachable: Unreachable) -> ModelManifest:
-    """What was staged of this commit before, checked byte for byte; raises StageError if it is not whole.
+    """What was staged of this commit before, all but weights checked byte for byte; raises StageError otherwise.
 
     A cluster without network asks for a manifest again when this workflow is newer than the manifest.
     """
@@ -104,55 +113,95 @@ def kept_model(name: str, model: ModelConfig, store: Path, unreachable: Unreacha
         raise unreachable from None
     if (manifest.hub_id, manifest.revision) != (model.hub, model.revision):
         raise unreachable
-    if wrong := troubles(Path(manifest.folder), manifest.files, deep=True):
+    others = [entry for entry in manifest.files if not entry.path.endswith(WEIGHTS)]
+    if wrong := troubles(Path(manifest.folder), others, deep=True):
         raise StageError(f"{unreachable}; and {message(wrong)}") from unreachable
-    print(f"models.{name}: not fetched again; {manifest.folder} is whole, as it was staged before")
+    print(f"models.{name}: not fetched again; {manifest.folder} is as it was staged before")
     return manifest
+
+
+def stage_weights(manifest: ModelManifest) -> None:
+    """Fetch the weights that a manifest promises, and read every byte of those that were there before.
+
+    Raises StageError: the Hub cannot be reached, or a file is not what it promised.
+    """
+    folder, name = Path(manifest.folder), manifest.model
+    weights = [entry for entry in manifest.files if entry.path.endswith(WEIGHTS)]
+    missing = [entry for entry in weights if not (folder / entry.path).exists()]
+    if wrong := troubles(folder, [entry for entry in weights if entry not in missing], deep=True):
+        raise StageError("\n  ".join([f"models.{name}: remove these files and run `snakemake stage` again:", *wrong]))
+    if not missing:
+        return
+    assert manifest.hub_id is not None
+    assert manifest.revision is not None
+    with _reaching(name, manifest.hub_id, manifest.revision):
+        fetch_files(manifest.hub_id, manifest.revision, missing, folder)
+    if wrong := troubles(folder, missing, deep=True):
+        raise StageError("\n  ".join([f"models.{name}: not what the Hub promised; remove and stage again:", *wrong]))
 
 
 def fetch_model(
     name: str, model: ModelConfig, store: Path, patterns: list[str]
-) -> tuple[Path, str, dict[str, str | None]]:
+) -> tuple[Path, str, dict[str, str | None], list[StoredFile]]:
     """Download from the Hub; return the folder, the resolved commit, and the hash that the Hub gives, by file.
 
-    Raises StageError.
+    Of large weights it fetches the headers alone; they are the last that is returned. Raises StageError.
     """
-    from httpx2 import HTTPError  # what huggingface_hub lets through when no connection can be made
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.constants import MAX_HTTP_DOWNLOAD_SIZE
 
     assert model.hub is not None
     # HfApi reads the token itself; it never enters an argument or a record.
     if model.gated and not any(os.environ.get(variable) for variable in TOKENS):
         raise Unreachable(f"models.{name}: {model.hub} is gated; put a token that may read it into HF_TOKEN")
-    try:
+    with _reaching(name, model.hub, str(model.revision)):
         info = HfApi().model_info(model.hub, revision=model.revision, files_metadata=True)
         assert info.sha is not None
         folder = store / "models" / f"{name}-{info.sha[:12]}"
         large = [
-            download.Wanted(entry.rfilename, entry.lfs.size, entry.lfs.sha256)
+            StoredFile(path=entry.rfilename, size_bytes=entry.lfs.size, sha256=entry.lfs.sha256)
             for entry in info.siblings or []
-            # What is larger than the client takes by HTTP, it fetches by its own protocol, hf_xet.
-            if entry.lfs is not None and download.LARGE_BYTES <= entry.lfs.size <= MAX_HTTP_DOWNLOAD_SIZE
+            if entry.lfs is not None and entry.lfs.size >= download.LARGE_BYTES
             if any(Path(entry.rfilename).match(pattern) for pattern in patterns)
         ]
-        download.fetch(model.hub, info.sha, large, folder)
+        awaited = [file for file in large if file.path.endswith(WEIGHTS)]
+        download.fetch_headers(model.hub, info.sha, [file.path for file in awaited], folder)
+        fetch_files(model.hub, info.sha, [file for file in large if file not in awaited], folder)
         others = [glob.escape(file.path) for file in large]
         snapshot_download(
             model.hub, revision=info.sha, local_dir=folder, allow_patterns=patterns, ignore_patterns=others
         )
+    promised = {
+        entry.rfilename: entry.lfs.sha256 if entry.lfs is not None else entry.blob_id for entry in info.siblings or []
+    }
+    return folder, info.sha, promised, awaited
+
+
+def fetch_files(hub: str, commit: str, files: list[StoredFile], folder: Path) -> None:
+    """What is larger than the client takes by HTTP, it fetches by its own protocol, hf_xet."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import MAX_HTTP_DOWNLOAD_SIZE
+
+    ours = [file for file in files if download.LARGE_BYTES <= file.size_bytes <= MAX_HTTP_DOWNLOAD_SIZE]
+    download.fetch(hub, commit, ours, folder)
+    if theirs := [glob.escape(file.path) for file in files if file not in ours]:
+        snapshot_download(hub, revision=commit, local_dir=folder, allow_patterns=theirs)
+
+
+@contextmanager
+def _reaching(name: str, hub: str, revision: str) -> Iterator[None]:
+    """Errors of the network as ours."""
+    from httpx2 import HTTPError  # what huggingface_hub lets through when no connection can be made
+
+    try:
+        yield
     except download.DownloadError as error:
         raise StageError(f"models.{name}: {error}; run `snakemake stage` again") from error
     except (HTTPError, OSError) as error:
         raise Unreachable(
-            f"models.{name}: {model.hub} at {model.revision} could not be fetched: {_first_line(error)}; "
+            f"models.{name}: {hub} at {revision} could not be fetched: {_first_line(error)}; "
             "what has come is kept: run `snakemake stage` again where the network is, with HF_TOKEN set if the "
             "repository is gated"
         ) from error
-    promised = {
-        entry.rfilename: entry.lfs.sha256 if entry.lfs is not None else entry.blob_id for entry in info.siblings or []
-    }
-    return folder, info.sha, promised
 
 
 def _is_promised(path: Path, entry: StoredFile, promised: str | None) -> bool:
@@ -270,6 +319,9 @@ def _first_line(error: BaseException) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    weights = commands.add_parser("weights", help="what a manifest of a Hub's model promises")
+    weights.add_argument("--manifest", type=Path, required=True)
+    weights.add_argument("--out", type=Path, required=True)
     for name in ("model", "tasks"):
         command = commands.add_parser(name)
         command.add_argument("--snapshot", type=Path, required=True)
@@ -282,6 +334,10 @@ def main() -> None:
         if options.command == "model":
             run = of_model(options.snapshot, options.key)
             write_record(options.out, stage_model(run.run.model_name, run.run.model, Path(run.store)))
+        elif options.command == "weights":
+            stage_weights(read_record(options.manifest, ModelManifest))
+            with atomic(options.out) as stream:
+                stream.write("complete\n")
         else:
             if nltk := os.environ.get("NLTK_DATA"):
                 # For what tasks such as ifeval fetch. nltk passes over a folder that is not there.

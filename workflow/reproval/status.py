@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from reproval import store
 from reproval.files import RecordError, file_time, read_record
 from reproval.progress import ENGINE_START, FILE, WRITE_S
 from reproval.records import Attempt, Attempts, Evaluation, JobProgress, Plan, Record
-from reproval.run_file import RunFile, every, model_key, suite_keys
+from reproval.run_file import RunFile, every
 from reproval.text_table import text_table
 from reproval.words import count, duration
 
@@ -56,6 +57,7 @@ class Seen:
     plan: Plan | None = None
     facts: bool = False
     staged: bool = False
+    weights: bool = True
     shards: int = 1
     jobs: Sequence[Job] = field(default_factory=tuple)
 
@@ -95,6 +97,8 @@ def judge(seen: Seen, pace: float = 1.0) -> Line:
         return _line("running", base, "; ".join(_doing(job) for job in live) + _shards(seen))
     if (ended := _ended(seen.jobs)) is not None:
         return _line(ended[0], base, ended[1] + _shards(seen))
+    if not seen.weights:
+        return _line("waiting", base, "needs its weights in the store: snakemake stage" + _shards(seen))
     begun = f"{100 * share:.0f} % kept from before" if share else ""
     return _line("waiting", base, begun + _shards(seen))
 
@@ -226,21 +230,18 @@ def summary(lines: Sequence[Line], factor: float) -> str:
 
 def look(run: RunFile, results: Path, now: float) -> Seen:
     """Everything that `judge` needs to know of one run. A record of another version counts as not there."""
-    name, store = run.run.name, Path(run.store)
+    name = run.run.name
     folder, work = results / "runs" / name, results / "work" / name
     evaluation = _optional(folder / "evaluation.json", Evaluation)
     if evaluation is not None:
         return Seen(name, evaluation)
     jobs = _shard_folders(work) or [work]
-    manifests = [
-        store / "manifests/models" / f"{model_key(run.run)}.json",
-        *(store / "manifests/suites" / f"{key}.json" for key in suite_keys(run.run)),
-    ]
     return Seen(
         name,
         plan=_optional(folder / "plan.json", Plan),
         facts=(folder / "facts.json").is_file(),
-        staged=all(path.is_file() for path in manifests),
+        staged=all(path.is_file() for path in store.manifests([run])),
+        weights=all(path.is_file() for path in store.weights_notes([run])),
         shards=int(jobs[0].name.rpartition("-")[2]) if jobs != [work] else 1,
         jobs=[_job(path, now) for path in jobs],
     )

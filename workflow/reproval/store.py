@@ -12,9 +12,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from reproval.files import RecordError, atomic, read_record, sha256_file
+from reproval.model_tensors import HEADERS
 from reproval.records import ImageManifest, ModelManifest, StoredFile, TaskManifest
 from reproval.run_file import RunFile, every, model_key, suite_keys
 
+WEIGHTS_NOTE = ".weights"
+"""Suffix of a note beside the manifest of a Hub's model: its weights are there too."""
 SMALL_BYTES = 16 * 2**20
 """Smaller files are hashed at every look: configurations, tokenizers, indices."""
 
@@ -53,7 +56,11 @@ def of_manifest(path: Path, store: Path, deep: bool = False, changed: bool = Fal
     try:
         if path.parent.name == "models":
             model = read_record(path, ModelManifest)
-            return troubles(Path(model.folder), model.files, deep, since)
+            folder, files = Path(model.folder), model.files
+            if model.source == "hub" and not path.with_suffix(WEIGHTS_NOTE).exists():
+                # Weights are still to come, and headers of them are enough until then.
+                files = [entry for entry in files if not (folder / HEADERS / f"{entry.path}.json").exists()]
+            return troubles(folder, files, deep, since)
         if path.parent.name == "suites":
             return troubles(store, read_record(path, TaskManifest).files, deep, since)
         image = read_record(path, ImageManifest)
@@ -70,6 +77,12 @@ def manifests(runs: Sequence[RunFile]) -> list[Path]:
     models = [folder / "models" / f"{model_key(run.run)}.json" for run in runs]
     suites = [folder / "suites" / f"{key}.json" for run in runs for key in suite_keys(run.run)]
     return list(dict.fromkeys([*models, *suites]))
+
+
+def weights_notes(runs: Sequence[RunFile]) -> list[Path]:
+    """The notes that the weights of these runs' models have come from the Hub, each once."""
+    hub = [run for run in runs if run.run.model.hub]
+    return list(dict.fromkeys(Path(run.store) / f"manifests/models/{model_key(run.run)}{WEIGHTS_NOTE}" for run in hub))
 
 
 MEND = (

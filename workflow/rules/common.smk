@@ -132,6 +132,12 @@ def manifests(wildcards):
     }
 
 
+def weights_note(wildcards):
+    """The note that a Hub's model is there with its weights; a local folder has them."""
+    key = MODEL_KEYS[wildcards.run]
+    return [] if MODEL_PATHS[key] else [f"{STORE}/manifests/models/{key}.weights"]
+
+
 def sampled_weights(wildcards):
     """Files of a local model that its name knows by samples alone: of a change between these, their times tell."""
     local = MODEL_PATHS[wildcards.model]
@@ -179,6 +185,8 @@ MANIFESTS = [
     *expand(f"{STORE}/manifests/models/{{model}}.json", model=MODELS),
     *expand(f"{STORE}/manifests/suites/{{suite}}.json", suite=SUITES),
 ]
+
+WEIGHTS = [f"{STORE}/manifests/models/{model}.weights" for model in MODELS if not MODEL_PATHS[model]]
 
 # Input of all that is made of evaluations, though nothing reads it there: of a job that failed Snakemake has removed the
 # old outputs, and would find what they led to up to date. The plan, which is newer, tells that it is not.

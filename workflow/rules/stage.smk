@@ -5,6 +5,7 @@ rule stage:
     # No output: it looks at the store whenever it is asked for.
     input:
         MANIFESTS,
+        WEIGHTS,
         IMAGE_RECORD.values(),
     log:
         "logs/stage/store.log",
@@ -23,6 +24,7 @@ rule check_store:
     # job, so that the next one is preceded by a new look.
     input:
         unpack(manifests),
+        weights=weights_note,
     output:
         temp("results/runs/{run}/store-checked"),
     log:
@@ -31,8 +33,9 @@ rule check_store:
         None
     params:
         store=STORE,
+        manifests=lambda wildcards, input: [name for name in input if name.endswith(".json")],
     shell:
-        "controller -m reproval.store check --store {params.store:q} --out {output:q} {input:q} 2>&1 | tee {log:q}"
+        "controller -m reproval.store check --store {params.store:q} --out {output:q} {params.manifests:q} 2>&1 | tee {log:q}"
 
 
 rule describe:
@@ -62,6 +65,20 @@ rule stage_model:
     shell:
         'controller -m reproval.stage model --snapshot "$REPROVAL_SNAPSHOT" --key {wildcards.model} --out {output:q}'
         " 2>&1 | tee {log:q}"
+
+
+rule stage_weights:
+    # What a model's manifest promises and its plan does not need.
+    input:
+        f"{STORE}/manifests/models/{{model}}.json",
+    output:
+        f"{STORE}/manifests/models/{{model}}.weights",
+    log:
+        "logs/stage/weights-{model}.log",
+    container:
+        None
+    shell:
+        "controller -m reproval.stage weights --manifest {input:q} --out {output:q} 2>&1 | tee {log:q}"
 
 
 rule stage_suite:
