@@ -136,8 +136,6 @@ def stage_weights(manifest: ModelManifest) -> None:
     assert manifest.revision is not None
     with _reaching(name, manifest.hub_id, manifest.revision):
         fetch_files(manifest.hub_id, manifest.revision, missing, folder)
-    if wrong := troubles(folder, missing, deep=True):
-        raise StageError("\n  ".join([f"models.{name}: not what the Hub promised; remove and stage again:", *wrong]))
 
 
 def fetch_model(
@@ -177,14 +175,20 @@ def fetch_model(
 
 
 def fetch_files(hub: str, commit: str, files: list[StoredFile], folder: Path) -> None:
-    """What is larger than the client takes by HTTP, it fetches by its own protocol, hf_xet."""
+    """Fetch these files, and compare their content with what is promised. Raises StageError and the client's errors.
+
+    What is larger than the client takes by HTTP, it fetches by its own protocol, hf_xet.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import MAX_HTTP_DOWNLOAD_SIZE
 
     ours = [file for file in files if download.LARGE_BYTES <= file.size_bytes <= MAX_HTTP_DOWNLOAD_SIZE]
     download.fetch(hub, commit, ours, folder)
-    if theirs := [glob.escape(file.path) for file in files if file not in ours]:
-        snapshot_download(hub, revision=commit, local_dir=folder, allow_patterns=theirs)
+    if theirs := [file for file in files if file not in ours]:
+        names = [glob.escape(file.path) for file in theirs]
+        snapshot_download(hub, revision=commit, local_dir=folder, allow_patterns=names)
+        if wrong := troubles(folder, theirs, deep=True):
+            raise StageError(f"{hub}: not what the Hub promised: {'; '.join(wrong)}; remove it and stage again")
 
 
 @contextmanager
