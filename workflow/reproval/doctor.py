@@ -58,7 +58,7 @@ def store_finding(staged: Staged, deep: bool) -> Finding:
         more = f" (and {len(staged.wrong) - 1} more)" if len(staged.wrong) > 1 else ""
         return Finding("head", "store complete", "problem", f"{staged.wrong[0]}{more}", store.MEND)
     if staged.missing:
-        found = f"{len(staged.missing):,} of what `stage` leaves are missing, the first {staged.missing[0]}"
+        found = f"{len(staged.missing):,} missing of what `stage` leaves, the first {staged.missing[0]}"
         return Finding("head", "store complete", "warning", found, "snakemake stage, where the network is")
     return Finding("head", "store complete", "ok", f"{staged.manifests:,} manifests, compared by {how}")
 

@@ -348,7 +348,7 @@ def main() -> None:
                 Path(nltk).mkdir(parents=True, exist_ok=True)
             suite = options.key.rpartition("-")[0]
             write_record(options.out, stage_tasks(suite, first_of_suite(options.snapshot, options.key)))
-    except (StageError, TaskError) as error:
+    except (StageError, TaskError, RecordError) as error:
         if isinstance(error, TaskError) and error.__cause__:
             traceback.print_exception(error.__cause__)
         sys.exit(f"reproval stage: {error}")
