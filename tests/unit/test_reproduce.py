@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -267,6 +268,42 @@ def test_the_same_samples_with_another_value_are_not_identical(
     assert "the samples are the same and the values are not: another aggregation" in entry.notes
     assert code in (1, 3)
     assert found.exit_code == code
+
+
+@pytest.mark.parametrize("side", ["reference", "here"])
+@pytest.mark.parametrize("what", ["value", "stderr"])
+def test_a_score_that_is_no_number_is_inconclusive_and_the_others_are_judged(
+    project: synthetic.Project, other: Path, tmp_path: Path, what: str, side: str
+) -> None:
+    def broken(results: Path) -> None:
+        old = next(r for p in results.glob("tasks/*/*/result.json") if (r := read_record(p, UnitResult)).task == "sums")
+        wrong = {"value": 0.9} | {what: math.nan}
+        scores = [s.model_copy(update=wrong) if s.filter == "strict-match" else s for s in old.scores]
+        edit(results, "sums", lambda _: None, scores=scores)
+
+    broken(other)
+    with_value(other, "capitals", "acc", lambda value: 0.0)
+    a, b = (other, project.results) if side == "reference" else (project.results, other)
+    code, found = judged(a, b, tmp_path)
+    entry = score(found, "sums", "exact_match")
+    name = "value" if what == "value" else "standard error"
+    where = "in the reference" if side == "reference" else "here"
+    assert (entry.verdict, entry.effect) == ("inconclusive", None)
+    assert f"the {name} {where} is no finite number: nothing to test with" in entry.notes
+    assert ("another aggregation" in " ".join(entry.notes)) == (what == "stderr")
+    assert score(found, "capitals", "acc").verdict == "differs"
+    assert score(found, "physics_sentences", "acc").verdict == "identical"
+    assert (code, found.verdict) == (1, "differs")
+
+
+def test_a_run_may_come_to_a_value_that_no_reference_may_state(
+    project: synthetic.Project, other: Path, tmp_path: Path
+) -> None:
+    with_value(other, "capitals", "acc", lambda value: 100 * value)
+    _, found = judged(other, project.results, tmp_path)
+    entry = score(found, "capitals", "acc")
+    assert entry.verdict == "inconclusive"
+    assert "no proportion: a percentage?" in entry.notes[-1]
 
 
 def test_a_score_that_its_samples_do_not_make_is_compared_as_two_values(

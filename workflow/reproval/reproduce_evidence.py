@@ -123,6 +123,14 @@ def published(
     score: Score, ours: UnitData, theirs: PublishedScore, margin: Margin | float, alpha: float
 ) -> tuple[Evidence | None, list[str]]:
     """Judge a score against a published value. The notes say what had to be assumed."""
+    numbers = {
+        "value in the reference": theirs.value,
+        "value here": score.value,
+        "standard error in the reference": theirs.stderr,
+        "standard error here": score.stderr,
+    }
+    if unusable := [name for name, number in numbers.items() if number is not None and not math.isfinite(number)]:
+        return None, [f"the {name} is no finite number: nothing to test with" for name in unusable]
     rounding, notes = theirs.rounded_to / 2, []
     samples = ours.samples.get((score.task, score.filter))
     column = samples.values.get(score.metric) if samples and not score.group else None

@@ -187,7 +187,7 @@ def judge_runs(
             files = their_results / unit.reference.folder / SAMPLES, our_results / unit_here.reference.folder / SAMPLES
             answers = answers_of(files[0]), answers_of(files[1])
             compared = compare_samples(answers, files, result.leaves, score.filter, result.changed_scores)
-            draft = _on_samples(entry, result, compared, math.isclose(score.value, here.value, rel_tol=1e-9))
+            draft = _on_samples(entry, result, compared, (score.value, here.value))
         if draft.evidence is None and not draft.identical:
             draft = _as_two_values(draft.entry, score, here, unit_here, chosen, alpha)
         drafts.append(draft)
@@ -195,7 +195,7 @@ def judge_runs(
     return conclude(title, source, because, drafts)
 
 
-def _on_samples(entry: ScoreVerdict, result: Paired, compared: SampleComparison, same_value: bool) -> Draft:
+def _on_samples(entry: ScoreVerdict, result: Paired, compared: SampleComparison, values: tuple[float, float]) -> Draft:
     """What both sides' samples say of a score. A change of prompts is named in place of that of their hash."""
     unlike, notes = entry.unlike, result.notes
     if compared.changed_prompts:
@@ -204,7 +204,8 @@ def _on_samples(entry: ScoreVerdict, result: Paired, compared: SampleComparison,
         unlike = [*unlike[:at], first, *unlike[at + 1 :]]
     changed = compared.changed_scores or compared.changed_prompts or compared.changed_answers
     same = result.same_documents and not changed
-    if same and not same_value:
+    same_value = math.isclose(*values, rel_tol=1e-9)
+    if same and not same_value and all(map(math.isfinite, values)):
         notes = [*notes, "the samples are the same and the values are not: another aggregation"]
     update = {"notes": notes, "samples": compared, "unlike": unlike}
     return Draft(entry.model_copy(update=update), result.evidence, same and same_value)
@@ -214,9 +215,10 @@ def _as_two_values(
     entry: ScoreVerdict, theirs: Score, here: Score, unit: UnitData, margin: float, alpha: float
 ) -> Draft:
     """Judge a score without pairs, for want of samples that make it on both sides."""
-    value = PublishedScore(
+    # Not validated: what a person may write into a reference is no rule for what a run came to, NaN included.
+    value = PublishedScore.model_construct(
         model="reference", suite="reference", task=theirs.task, metric=theirs.metric, filter=theirs.filter,
-        value=theirs.value, stderr=theirs.stderr or None, n=theirs.n,
+        value=theirs.value, stderr=theirs.stderr or None, n=theirs.n or None,
     )  # fmt: skip
     evidence, notes = published(here, unit, value, margin, alpha)
     why = "too few samples of both sides, or they do not make the score: compared as two values"
