@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import math
@@ -20,7 +21,9 @@ from reproval.records import Evaluation, UnitResult
 from reproval.reference import Reference
 from reproval.reproduce_content import Reproduction, ScoreVerdict
 from reproval.reproduce_judge import NothingToJudge, judge_published
+from reproval.reproduce_settings import against_published
 from reproval.reproduce_words import table_markdown, table_text
+from reproval.settings import SuiteConfig
 
 TASKS = (*synthetic.DEMO_TASKS, synthetic.Task("mmlu", "group", 60, 3, shots=5))
 
@@ -215,6 +218,75 @@ def test_a_published_value(
     assert entry.unlike[0].what == "model"
     assert "hardware" in [unlike.what for unlike in entry.unlike]
     assert bool([note for note in entry.notes if "taken to" in note]) == (not {"n", "stderr"} & fields.keys())
+
+
+@pytest.mark.parametrize(
+    ("said", "same"),
+    [
+        ({"harness": "lm-eval", "engine": "vllm"}, True),
+        ({"harness": "lm-eval", "harness_version": "0.4.13", "engine": "vLLM", "engine_version": "0.32.0"}, True),
+        ({"harness": "lm-eval", "harness_version": "0.4", "engine": "vLLM", "engine_version": "0.32"}, True),
+        ({"harness": "lm-eval", "harness_version": "0.4.1", "engine": "vLLM", "engine_version": "0.3"}, False),
+        ({"harness": "lm-eval", "harness_version": "0.4.130", "engine": "vLLM", "engine_version": "0.32.0.1"}, False),
+        ({"harness": "lighteval", "engine": "v"}, False),
+    ],
+)
+def test_a_published_version_is_met_by_itself_and_by_what_it_leaves_open(
+    project: synthetic.Project, said: dict[str, str], same: bool
+) -> None:
+    found = unlike_published(project, made_with=said) & {"harness", "engine"}
+    assert found == (set() if same else {"harness", "engine"})
+
+
+def unlike_published(
+    project: synthetic.Project,
+    settings: dict[str, Any] | None = None,
+    suite: dict[str, Any] | None = None,
+    **score: Any,
+) -> set[str]:
+    """What is named as not the same, with these settings of the task here and this suite in the reference."""
+    (model,) = load(project.results, project.evaluations)
+    unit = next(u for u in model.units if u.result.task == "capitals")
+    result = unit.result.model_copy(update={"made_of": {**unit.result.made_of, "settings": settings or {}}})
+    reference = published(project.results, "capitals", "acc", 0.5, **score)
+    if suite is not None:
+        reference = reference.model_copy(update={"suites": {unit.result.suite: SuiteConfig.model_validate(suite)}})
+    found = against_published(reference, reference.scores[0], model, dataclasses.replace(unit, result=result))
+    return {unlike.what for unlike in found}
+
+
+@pytest.mark.parametrize(
+    ("suite", "limit", "same"),
+    [
+        ({"tasks": ["capitals"]}, None, True),
+        ({"tasks": ["capitals"]}, 20, False),
+        ({"tasks": ["capitals"], "limit": 20}, 20, True),
+        ({"tasks": [{"task": "capitals", "limit": 20}], "limit": 5}, 20, True),
+        ({"tasks": [{"task": "capitals", "limit": None}], "limit": 5}, None, True),
+        ({"tasks": [{"task": "capitals", "limit": 20}]}, None, False),
+    ],
+)
+def test_a_limit_that_the_reference_asks_for_is_none_of_the_differences(
+    project: synthetic.Project, suite: dict[str, Any], limit: int | None, same: bool
+) -> None:
+    assert ("limit" in unlike_published(project, {"limit": limit}, suite)) == (not same)
+
+
+@pytest.mark.parametrize(
+    ("said", "here", "same"),
+    [
+        (True, "tool_use", True),
+        (True, True, True),
+        (False, None, True),
+        (False, "tool_use", False),
+        (True, None, False),
+    ],
+)
+def test_a_chat_template_with_a_name_is_one(
+    project: synthetic.Project, said: bool, here: bool | str | None, same: bool
+) -> None:
+    unlike = unlike_published(project, {"apply_chat_template": here}, made_with={"chat_template": said})
+    assert ("chat template" in unlike) == (not same)
 
 
 def test_a_published_score_that_was_not_evaluated_is_inconclusive(project: synthetic.Project) -> None:

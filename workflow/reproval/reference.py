@@ -117,7 +117,7 @@ class Reference(Section):
             if identity in seen:
                 raise ValueError(f"{' '.join(identity)} once, not twice")
             seen.add(identity)
-            asked = self.suites[score.suite].shots_of(score.task)
+            asked = self.suites[score.suite].setting_of(score.task, "num_fewshot")
             if None not in (asked, score.num_fewshot) and asked != score.num_fewshot:
                 raise ValueError(
                     f"one num_fewshot for {' '.join(identity)}, not {score.num_fewshot} under scores and {asked} "

@@ -54,7 +54,7 @@ def settings_of(unit: UnitData, task: str) -> dict[str, Any]:
 
 def published_settings(reference: Reference, score: PublishedScore) -> dict[str, Any]:
     """The same of a published score, as far as its source says; the rest is left out."""
-    suite, own = reference.suites[score.suite], score.made_with
+    own = score.made_with
     made = reference.made_with.model_copy(update=own.model_dump(exclude_unset=True) if own else {})
     known = {
         "model": _model_name(reference.models[score.model].hub, reference.models[score.model].revision),
@@ -67,7 +67,7 @@ def published_settings(reference: Reference, score: PublishedScore) -> dict[str,
         "engine": _with_version(made.engine, made.engine_version),
         "hardware": made.hardware,
     }
-    return {key: value for key, value in known.items() if value is not None} | {"limit": suite.limit}
+    return {key: value for key, value in known.items() if value is not None}
 
 
 def _model_name(hub: str | None, revision: str | None) -> str | None:
@@ -91,19 +91,28 @@ def against_published(reference: Reference, score: PublishedScore, model: ModelD
     here["harness"] = f"lm-eval {here['lm-eval']}"
     here["engine"] = f"vLLM {here['vLLM']}"
     here["hardware"] = ", ".join(here["GPUs"]) or here["CPU"]
+    # None stands for all documents, and says something.
+    limit = reference.suites[score.suite].setting_of(unit.result.task, "limit")
     found = []
-    for name, value in published_settings(reference, score).items():
+    for name, value in (published_settings(reference, score) | {"limit": limit}).items():
         ours = here.get(name)
         if name in ("task version", "limit"):
             same = _number(value) == _number(ours)
         elif name in ("harness", "engine"):
-            # A name without a version is met by every version of it.
-            same = str(ours).casefold().startswith(str(value).casefold())
+            same = _meets(str(ours), value)
+        elif name == "chat template":
+            # The source says whether there was one, and not which.
+            same = value == bool(ours)
         else:
             same = value == ours
         if not same:
             found.append(Unlike(what=name, reference=_shown(value), here=_shown(ours)))
     return found
+
+
+def _meets(ours: str, said: str) -> bool:
+    """Whether a name with its version is what a source says: the same, the name alone, or less of the version."""
+    return f"{ours} ".casefold().startswith(tuple(f"{said}{end}".casefold() for end in " .+"))
 
 
 def _number(value: Any) -> Any:

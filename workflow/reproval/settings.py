@@ -134,12 +134,12 @@ class SuiteConfig(TaskSettings):
         default=False, description="Allow tasks that run code written by the model (lm-eval's confirm_run_unsafe_code)."
     )
 
-    def shots_of(self, task: str) -> int | None:
-        """The few-shot examples that a task is asked with: its own, else the suite's; None: as the task has it."""
+    def setting_of(self, task: str, name: str) -> Any:
+        """What a task of the suite is asked with: its own setting, else the suite's; None: as the task has it."""
         for entry in self.tasks:
-            if isinstance(entry, TaskEntry) and entry.task == task and "num_fewshot" in entry.model_fields_set:
-                return entry.num_fewshot
-        return self.num_fewshot
+            if isinstance(entry, TaskEntry) and entry.task == task and name in entry.model_fields_set:
+                return getattr(entry, name)
+        return getattr(self, name)
 
 
 class HardwareConfig(Section):
