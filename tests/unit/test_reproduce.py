@@ -120,6 +120,7 @@ def test_models_suites_and_filters_are_told_apart(tmp_path: Path) -> None:
     assert (
         "sums (a) exact_match,strict-match of smollm2-135m-fp32: 40 documents, 0 prompts and 0 answers changed" in said
     )
+    assert "exact_match, strict-match" not in said
     assert "<s>" not in table_markdown(found)
 
 

@@ -44,8 +44,9 @@ def _tasks(reproduction: Reproduction) -> list[str]:
     return [f"{score.task} ({score.suite})" if several else score.task for score in reproduction.scores]
 
 
-def _metric(score: ScoreVerdict, separator: str) -> str:
-    return score.metric if score.filter == "none" else f"{score.metric}{separator}{score.filter}"
+def _metric(score: ScoreVerdict) -> str:
+    """As lm-eval writes it. Without a space, because remarks list several scores."""
+    return score.metric if score.filter == "none" else f"{score.metric},{score.filter}"
 
 
 def _rows(reproduction: Reproduction) -> list[tuple[str, ...]]:
@@ -53,7 +54,7 @@ def _rows(reproduction: Reproduction) -> list[tuple[str, ...]]:
         (
             score.model,
             task,
-            _metric(score, ", "),
+            _metric(score),
             _figure(score.reference),
             _figure(score.here),
             _effect(score),
@@ -91,7 +92,7 @@ def _remarks(reproduction: Reproduction) -> list[str]:
     about: dict[str, dict[str, list[str]]] = {}
     models: dict[str, list[str]] = {}
     for score, task in zip(reproduction.scores, _tasks(reproduction), strict=True):
-        name = f"{task} {_metric(score, ',')}"
+        name = f"{task} {_metric(score)}"
         models.setdefault(name, []).append(score.model)
         for text in _said(score):
             about.setdefault(text, {}).setdefault(name, []).append(score.model)
