@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import synthetic
 import yaml
@@ -97,6 +98,25 @@ def test_models_on_other_documents_are_not_compared_and_it_says_so(tmp_path: Pat
     assert built.comparisons == []
     assert [item.reason for item in built.untested] == ["not the same documents: 40 and 48, 40 of them shared"]
     assert "no two of them on the same questions" in built.answer
+
+
+def test_perplexities_are_compared_on_the_documents_that_have_one(
+    built: Report, models: list[collect.ModelData]
+) -> None:
+    line = next(line for line in built.headlines if line.task == "essays")
+
+    def without_the_first(model: collect.ModelData) -> compare.Side:
+        side = compare.side(model, line)
+        assert isinstance(side, compare.Side)
+        assert side.weights is not None
+        value = math.exp(-side.values[1:].sum() / side.weights[1:].sum())
+        unknown = np.where(np.arange(side.values.size) == 0, math.nan, 0.0)
+        score = side.score.model_copy(update={"value": value})
+        return replace(side, score=score, values=side.values + unknown, weights=side.weights + unknown)
+
+    found = compare.compare(*map(without_the_first, models), 0.05)
+    assert isinstance(found, statistics.Comparison), found
+    assert (found.n, found.scale) == (23, "ratio")
 
 
 def test_other_prompts_for_the_same_documents_are_compared_and_marked(tmp_path: Path) -> None:

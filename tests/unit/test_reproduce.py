@@ -379,6 +379,49 @@ def test_a_run_may_come_to_a_value_that_no_reference_may_state(
     assert "no proportion: a percentage?" in entry.notes[-1]
 
 
+def without_the_first_essay(results: Path) -> float:
+    """Take one document out of what makes the perplexity of a rolling task, whose new value is returned."""
+    likelihoods, words = [], []
+
+    def leave_out(line: dict[str, Any]) -> None:
+        if line["doc_id"] == 0:
+            line["word_perplexity"] = None
+        else:
+            likelihoods.append(line["word_perplexity"][0])
+            words.append(line["word_perplexity"][1])
+
+    edit(results, "essays", leave_out)
+    value = math.exp(-sum(likelihoods) / sum(words))
+    with_value(results, "essays", "word_perplexity", lambda _: value)
+    return value
+
+
+def test_a_document_without_a_log_likelihood_is_left_out_of_pairs(
+    project: synthetic.Project, other: Path, tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    shutil.copytree(project.results, first)
+    without_the_first_essay(first)
+    _, found = judged(first, project.results, tmp_path)
+    entry = score(found, "essays", "word_perplexity")
+    assert entry.samples is not None
+    assert (entry.n, entry.scale, entry.effect, entry.samples.changed_scores) == (23, "ratio", 1.0, 1)
+    without_the_first_essay(other)
+    _, found = judged(first, other, tmp_path)
+    entry = score(found, "essays", "word_perplexity")
+    assert entry.samples is not None
+    assert (entry.verdict, entry.samples.changed_scores) == ("identical", 0)
+
+
+def test_a_document_without_a_log_likelihood_is_left_out_beside_a_published_perplexity(
+    project: synthetic.Project, other: Path
+) -> None:
+    value = without_the_first_essay(other)
+    reference = published(project.results, "essays", "word_perplexity", value, margin={"relative": 0.5, "because": "x"})
+    found = judge_published(reference, load(other, reproduce.newest(other)))
+    assert (found.verdict, found.scores[0].scale) == ("reproduced", "ratio")
+
+
 def test_a_score_that_its_samples_do_not_make_is_compared_as_two_values(
     project: synthetic.Project, other: Path, tmp_path: Path
 ) -> None:

@@ -140,6 +140,13 @@ def finite(values: Floats) -> Floats:
     return values[~unknown] if unknown.any() else values
 
 
+def finite_pairs(pairs: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
+    """Log-likelihoods and weights of the documents that have both."""
+    numerators, weights = pairs
+    known = ~(np.isnan(numerators) | np.isnan(weights))
+    return numerators[known], weights[known]
+
+
 def is_mean(score: Score, values: Floats) -> bool:
     """Whether lm-eval's value is the mean of these per-document values: the value tells how it was aggregated."""
     # A sum over the size, because numpy's mean takes three times as long for the few values that most tasks have.
@@ -171,8 +178,7 @@ def score_interval(score: Score, unit: UnitData) -> Interval | None:
             if found := statistics.log_likelihood_interval(score.value, values, np.ones_like(values)):
                 return found[0]
         elif samples and score.metric in samples.weighted:
-            numerators, weights = samples.weighted[score.metric]
-            found = statistics.log_likelihood_interval(score.value, finite(numerators), finite(weights))
+            found = statistics.log_likelihood_interval(score.value, *finite_pairs(samples.weighted[score.metric]))
             if found:
                 return found[0]
     return statistics.normal(score.value, score.stderr) if score.stderr is not None else None

@@ -125,7 +125,7 @@ def compare(a: Side, b: Side, alpha: float) -> Comparison | str:
         shared = np.intersect1d(a.documents, b.documents).size
         return f"not the same documents: {a.documents.size} and {b.documents.size}, {shared} of them shared"
     if (a.weights is None) != (b.weights is None) or not (
-        a.weights is None or b.weights is None or np.array_equal(a.weights, b.weights)
+        a.weights is None or b.weights is None or np.array_equal(a.weights, b.weights, equal_nan=True)
     ):
         return "the documents have different lengths for the two models"
     both = ~(np.isnan(a.values) | np.isnan(b.values))

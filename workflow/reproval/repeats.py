@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 
 from reproval import statistics
-from reproval.collect import ModelData, Noise, UnitData, finite, is_mean
+from reproval.collect import ModelData, Noise, UnitData, finite, finite_pairs, is_mean
 from reproval.records import Score
 from reproval.samples import SampleKey, TaskSamples
 
@@ -104,7 +104,7 @@ def _is_perplexity(score: Score, samples: TaskSamples | None) -> bool:
     if score.group or samples is None:
         return False
     if score.metric in samples.weighted:
-        numerators, weights = (finite(column) for column in samples.weighted[score.metric])
+        numerators, weights = finite_pairs(samples.weighted[score.metric])
     elif score.metric in samples.values:
         numerators = finite(samples.values[score.metric])
         if is_mean(score, numerators):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from reproval import statistics, verdict
-from reproval.collect import UnitData, finite, is_mean
+from reproval.collect import UnitData, finite, finite_pairs, is_mean
 from reproval.records import Score
 from reproval.reference import Margin, PublishedScore
 from reproval.statistics import Floats, Scale
@@ -56,23 +56,23 @@ def paired(
             return None
         _, ia, ib = np.intersect1d(a.documents, b.documents, return_indices=True)
         same &= len(ia) == a.documents.size == b.documents.size
+        w = v = None
         if score.metric in a.values and score.metric in b.values:
             x, y = a.values[score.metric][ia], b.values[score.metric][ib]
-            known = ~(np.isnan(x) | np.isnan(y))
-            changed += int(np.sum(x[known] != y[known])) + int(np.sum(np.isnan(x) != np.isnan(y)))
-            pairs.append((y[known], x[known], None))
             for side, samples in zip(sides, (a, b), strict=True):
                 side.columns.append((finite(samples.values[score.metric]), None))
         elif score.metric in a.weighted and score.metric in b.weighted:
-            (x, w), (y, v) = a.weighted[score.metric], b.weighted[score.metric]
-            if not np.array_equal(w[ia], v[ib]):
-                return None
-            changed += int(np.sum(x[ia] != y[ib]))
-            pairs.append((y[ib], x[ia], v[ib]))
-            for side, column in zip(sides, ((x, w), (y, v)), strict=True):
-                side.columns.append(column)
+            x, w = (column[ia] for column in a.weighted[score.metric])
+            y, v = (column[ib] for column in b.weighted[score.metric])
+            for side, samples in zip(sides, (a, b), strict=True):
+                side.columns.append(finite_pairs(samples.weighted[score.metric]))
         else:
             return None
+        known = ~(np.isnan(x) | np.isnan(y))
+        if w is not None and v is not None and not np.array_equal(w[known], v[known]):
+            return None
+        changed += int(np.sum(x[known] != y[known])) + int(np.sum(np.isnan(x) != np.isnan(y)))
+        pairs.append((y[known], x[known], v[known] if v is not None else None))
     notes = [] if same else [f"judged on the {sum(y.size for y, *_ in pairs)} documents of both sides"]
     return Paired(_evidence(pairs, sides, margin, alpha), leaves, changed, same, notes)
 
@@ -149,7 +149,7 @@ def published(
     stderr = score.stderr
     sums = (column, np.ones_like(column)) if column is not None else None
     if samples and not score.group and score.metric in samples.weighted:
-        sums = samples.weighted[score.metric]
+        sums = finite_pairs(samples.weighted[score.metric])
     if sums is not None and (column is None or not is_mean(score, column)):
         found = statistics.log_likelihood_interval(score.value, *sums)
         if found is not None and found[1] == "ratio":
