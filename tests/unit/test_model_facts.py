@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from architecture_data import NAMES, facts, load, tensors
 
+from reproval.folders import FolderError, check_model_folder
 from reproval.memory_model import GIB, cache_bytes_per_token, weights_bytes
 from reproval.model_cache import layer_kinds
 from reproval.model_config import text_config
@@ -269,6 +270,26 @@ def test_damaged_headers_are_refused(tmp_path: Path, content: bytes, message: st
     with pytest.raises(ModelError, match=message) as caught:
         read_header(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["F7", ["BF16"], None])
+def test_a_storage_dtype_that_is_none_is_named(checkpoint: Path, dtype: Any) -> None:
+    header = json.dumps({"lm_head.weight": {"dtype": dtype, "shape": [2], "data_offsets": [0, 4]}})
+    (checkpoint / "model-2.safetensors").write_bytes(_header(header.encode(), b"1234"))
+    with pytest.raises(ModelError, match=r"tensor lm_head\.weight: storage dtype .* is not known"):
+        read_model(checkpoint)
+
+
+@pytest.mark.parametrize("place", [["0", "4"], [None, None], [0, None], "04", {"0": 0, "4": 4}, [-4, 0], [4, 0], [4]])
+def test_a_tensor_without_a_place_is_no_fault_of_the_program(tmp_path: Path, place: Any) -> None:
+    path = tmp_path / "model.safetensors"
+    entry = {"dtype": "BF16", "shape": [2], "data_offsets": place}
+    path.write_bytes(_header(json.dumps({"a": entry}).encode(), b"1234"))
+    with pytest.raises(ModelError, match="tensor a lacks dtype, shape or data_offsets"):
+        read_header(path)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(FolderError, match=r"model\.safetensors"):
+        check_model_folder(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -224,12 +224,11 @@ def _check_safetensors(path: Path) -> None:
         header = stream.read(length) if 0 < length <= LONGEST_HEADER_BYTES else b""
     try:
         tensors = json.loads(header)
-        end = max((entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"), default=0)
+        ends = (entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__")
+        whole = 8 + length + max(ends, default=0)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise FolderError(
             f"{path.name} ({size} bytes) without a safetensors header", "a safetensors file", "download it again"
         ) from None
-    if 8 + length + end != size:
-        raise FolderError(
-            f"{path.name} has {size} bytes", f"{8 + length + end} bytes by its own header", "download it again"
-        )
+    if whole != size:
+        raise FolderError(f"{path.name} has {size} bytes", f"{whole} bytes by its own header", "download it again")

@@ -110,8 +110,10 @@ def declared(header: dict[str, Any], path: Path, data_bytes: float = math.inf) -
         if name == "__metadata__":
             continue
         try:
-            tensor = Tensor(name, entry["dtype"], tuple(int(n) for n in entry["shape"]))
+            tensor = Tensor(name, str(entry["dtype"]), tuple(int(n) for n in entry["shape"]))
             begin, end = entry["data_offsets"]
+            if not 0 <= begin <= end:
+                raise ValueError(f"data_offsets {begin} to {end}")
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{damaged}: tensor {name} lacks dtype, shape or data_offsets; {mend}") from error
         if end > data_bytes:
