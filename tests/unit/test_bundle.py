@@ -20,11 +20,11 @@ import yaml
 
 from reproval import bundle, scrub
 from reproval.bundle_archive import SUMS, BundleError, check_folder, unpack, unpacked
-from reproval.bundle_content import CONFIGURATION, SBOM
-from reproval.bundle_crate import CRATE
+from reproval.bundle_content import CONFIGURATION, SBOM, configuration, read_runs
+from reproval.bundle_crate import CRATE, crate
 from reproval.files import read_record, sha256_file, write_record
-from reproval.records import Evaluation, ModelManifest, StoredFile, UnitResult
-from reproval.settings import ModelConfig, Run, TaskSettings, Unit
+from reproval.records import Container, Evaluation, ModelManifest, StoredFile, UnitResult
+from reproval.settings import ContainerConfig, ModelConfig, Run, TaskSettings, Unit
 
 ROOT = Path(__file__).resolve().parents[2]
 HOME = "/home/somebody/models/smollm2"
@@ -224,6 +224,46 @@ def test_a_bundle_says_what_runs_and_nothing_else(tmp_path: Path) -> None:
         path.write_text(yaml.safe_dump(asked))
         with pytest.raises(BundleError, match=r"suites\.s\.include_path: found .* expected a folder below task-files/"):
             bundle.asked_by(path.parent, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"", "models: expected the models by name"),
+        (b"- models", "models: expected the models by name"),
+        (b"suites: {s: {tasks: [mmlu]}}", "models: expected the models by name"),
+        (b"models: {m: {path: x}}", "suites: expected the suites by name"),
+        (b"{models: {m: {path: x}}, suites: [s]}", "suites: expected the suites by name"),
+        (b"{models: {m: }, suites: {s: {tasks: [mmlu]}}}", "models: expected the models by name"),
+        (b"{models: {m: {path: x}}, suites: {s: }}", "suites: expected the suites by name"),
+        (b"models: [", "found no YAML"),
+        (b"models: \xff", "found no YAML"),
+    ],
+)
+def test_a_bundle_without_a_configuration_is_refused(tmp_path: Path, text: bytes, said: str) -> None:
+    (tmp_path / CONFIGURATION).write_bytes(text)
+    with pytest.raises(BundleError, match=rf"{CONFIGURATION}: {said}"):
+        bundle.asked_by(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("image", ["/home/alice/engine.sif", "images/engine.simg", "docker://r/n@sha256:" + "a" * 64])
+def test_an_image_that_is_a_file_stays_where_it_is(image: str) -> None:
+    run = examples.run_file(container=ContainerConfig(image=image))
+    assert configuration([run]).get("container") == ({"image": image} if "://" in image else None)
+
+
+def test_every_run_names_the_images_that_it_was_made_in(tmp_path: Path) -> None:
+    def model(name: str, digit: str) -> synthetic.Model:
+        box = Container(image=f"docker://r/n@sha256:{digit * 64}", digest=None, sif_sha256=digit * 64, runtime=None)
+        return synthetic.Model(name, provenance={"container": box})
+
+    made = synthetic.write_project(tmp_path, [model("a", "1"), model("b", "2")], synthetic.DEMO_TASKS[:1], trace=False)
+    for path in made.evaluations:
+        write_record(path.parent / "run.json", examples.run_file())
+    graph = crate({}, read_runs(made.results, made.evaluations))["@graph"]
+    images = [entity["containerImage"] for entity in graph if entity["@type"] == "CreateAction"]
+    assert images == [[{"@id": f"docker://r/n@sha256:{digit * 64}"}] for digit in "12"]
+    assert sum(entity["@type"] == "ContainerImage" for entity in graph) == 2
 
 
 def test_every_changed_byte_is_found_and_every_file_named(archive: Path, tmp_path: Path) -> None:

@@ -60,11 +60,21 @@ def _sized(content: Content) -> tuple[int, str]:
 def asked_by(folder: Path, workdir: Path) -> dict[str, Any]:
     """What a bundle asks to be run, as keys of a configuration; its task files are used where they were unpacked.
 
-    Any other key, such as a margin or where it runs, is not the bundle's to say. Raises BundleError for task files that
-    are not the bundle's own.
+    Any other key, such as a margin or where it runs, is not the bundle's to say. Raises BundleError for what is no
+    configuration, and for task files that are not the bundle's own.
     """
-    written: dict[str, Any] = yaml.safe_load((folder / CONFIGURATION).read_text(encoding="utf-8"))
-    asked = {key: value for key, value in written.items() if key in ASKED}
+    path = folder / CONFIGURATION
+    try:
+        written = yaml.safe_load(path.read_bytes())
+    except yaml.YAMLError as error:
+        raise BundleError(f"{path}: found no YAML ({error}); do not use it") from error
+    for section in ("models", "suites"):
+        entries = written.get(section) if isinstance(written, dict) else None
+        if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+            raise BundleError(
+                f"{path}: {section}: expected the {section} by name, each with its settings; do not use it"
+            )
+    asked: dict[str, Any] = {key: value for key, value in written.items() if key in ASKED}
     for name, suite in asked["suites"].items():
         include = suite.get("include_path")
         if include is None:
@@ -72,7 +82,7 @@ def asked_by(folder: Path, workdir: Path) -> dict[str, Any]:
         parts = PurePosixPath(str(include)).parts
         if parts[:1] != ("task-files",) or ".." in parts:
             raise BundleError(
-                f"{folder / CONFIGURATION}: suites.{name}.include_path: found {include!r}, expected a folder below "
+                f"{path}: suites.{name}.include_path: found {include!r}, expected a folder below "
                 "task-files/ of the bundle; do not use it"
             )
         suite["include_path"] = os.path.relpath(folder / include, workdir)

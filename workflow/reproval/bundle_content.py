@@ -82,7 +82,8 @@ def configuration(runs: Iterable[RunFile]) -> dict[str, Any]:
     if repeats > 1:
         made["repeats"] = repeats
     made["seed"] = first.seed
-    if first.container is not None and not first.container.image.endswith(".sif"):
+    # The path of an image file says nothing to another machine.
+    if first.container is not None and "://" in first.container.image:
         made["container"] = first.container.model_dump(exclude_none=True)
     return made
 

@@ -45,9 +45,10 @@ def crate(files: Mapping[str, tuple[int, str]], runs: list[BundledRun]) -> dict[
     images: dict[str, Entity] = {}
     actions = []
     for run in runs:
+        boxes = _images(run)
         software |= _software(run)
-        images |= _images(run)
-        actions.append(_action(run, files, images))
+        images |= boxes
+        actions.append(_action(run, files, boxes))
     return {
         "@context": ["https://w3id.org/ro/crate/1.1/context", "https://w3id.org/ro/terms/workflow-run/context"],
         "@graph": [
