@@ -18,7 +18,7 @@ import requests
 import synthetic
 import yaml
 
-from reproval import bundle, scrub
+from reproval import bundle, problems, scrub
 from reproval.bundle_archive import SUMS, BundleError, check_folder, unpack, unpacked
 from reproval.bundle_content import CONFIGURATION, SBOM, configuration, read_runs
 from reproval.bundle_crate import CRATE, crate
@@ -160,6 +160,22 @@ def test_a_secret_is_found_as_a_file_writes_it(written: Callable[[str], str]) ->
     text = f"<p>{written(SECRET_VALUE)}</p>"
     assert scrub.own(text, {"MY_API_KEY": SECRET_VALUE}) == "the value of the environment variable MY_API_KEY"
     assert scrub.own(text, {"MY_API_KEY": "another secret"}) is None
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        f"hf_{'aB3dE' * 4}",
+        f"sk-proj-{'aB3_dE-f' * 3}",
+        f"glpat-{'aB3dE' * 4}",
+        f"AKIA{'A1B2' * 4}",
+        f"my_ghp_{'aB3' * 12}",
+    ],
+)
+def test_a_token_that_stops_a_bundle_is_refused_in_a_configuration_and_never_shown(token: str) -> None:
+    assert scrub.leaks(token, {}) == "something shaped like a token"
+    assert problems.SECRET.search(token)
+    assert token[-8:] not in problems.redact(f"found {token} there")
 
 
 TOKEN = b"hf_" + b"a" * 30

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import synthetic
 from examples import engine_settings, model_facts, run_file, task_facts
 
-from reproval import engine, evaluate, files, provenance
+from reproval import engine, evaluate, files, provenance, scrub
 from reproval.plan import make_plan
 from reproval.records import Facts, Hardware, ModelFacts, ModelManifest, UnitResult
 from reproval.settings import ModelConfig
@@ -78,6 +79,28 @@ def test_no_secret_reaches_the_child() -> None:
     assert not {"HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY"} & set(child)
     assert child["HF_HUB_OFFLINE"] == "1"
     assert child["VLLM_BATCH_INVARIANT"] == "1"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "HF_TOKEN",
+        "AWS_ACCESS_KEY_ID",
+        "MY_SECRET",
+        "DB_PASSWORD",
+        "SMTP_PASSWD",
+        "openai_api_key",
+        "APIKEY",
+        "CREDENTIALS",
+    ],
+)
+def test_a_secret_is_one_by_its_name_wherever_it_could_get_out(name: str) -> None:
+    value = "of no known shape"
+    assert name not in evaluate.child_environment({name: value}, run_file())
+    assert provenance.engine_variables({f"VLLM_{name}": value}) == {}
+    assert scrub.leaks(f"said: {value}", {name: value}) == f"the value of the environment variable {name}"
+    submit = runpy.run_path(str(Path(__file__).resolve().parents[2] / "profiles/pbs/submit"))
+    assert submit["KEPT_BACK"].search(name)
 
 
 def test_variables_of_the_caller_that_change_what_runs_stand_in_the_provenance() -> None:

