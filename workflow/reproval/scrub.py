@@ -33,8 +33,11 @@ _OTHERS = {
 _BEGIN = r"(?<![A-Za-z0-9])"
 _TOKENS = {marker: re.compile(_BEGIN + pattern) for marker, pattern in (_ISSUED | _OTHERS).items()}
 ISSUED_TOKEN = re.compile(f"{_BEGIN}(?:{'|'.join(_ISSUED.values())})")
-# As in profiles/pbs/submit, which can import nothing.
-SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
+# As in profiles/pbs/submit, which can import nothing. The tokens of TOKENIZERS_PARALLELISM and of some ten of vLLM's
+# variables are those of text.
+SECRET_NAME = re.compile(
+    r"^(?!TOKENIZERS_|VLLM_)\w*TOKEN|TOKEN$|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE
+)
 # Two components at least: "/s" is a unit. After a letter or a dot it is part of a relative path, an image or a URL.
 _PATH = re.compile(r"file://[^\s\"'<>]+|(?<![\w./-])(?:~[\w.-]*)?/[\w.+@~-]+(?:/[\w.+@~-]+)+/?")
 
