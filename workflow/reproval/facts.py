@@ -9,7 +9,9 @@ from pathlib import Path
 
 from reproval.counted import Counted
 from reproval.files import read_record, write_record
-from reproval.model_facts import read_model
+from reproval.model_check import check
+from reproval.model_facts import facts_of, read_config
+from reproval.model_tensors import ModelError, read_tensors
 from reproval.records import Facts, ModelManifest, TaskFacts
 from reproval.run_file import RunFile
 from reproval.store import message, of_manifest
@@ -20,8 +22,12 @@ from reproval.tasks import TaskError
 def make_facts(run: RunFile, manifest: ModelManifest, results: Path) -> Facts:
     """Read the model's headers and tokenize every request of its units, from the store alone.
 
-    What a tokenizer has counted is kept in RESULTS/work/facts. Raises tasks.TaskError, OSError.
+    What a tokenizer has counted is kept in RESULTS/work/facts. Raises ModelError, tasks.TaskError, OSError.
     """
+    folder = Path(manifest.folder)
+    config, tensors = read_config(folder), read_tensors(folder)
+    check(config, tensors, f"{folder}/config.json")
+    found = facts_of(config, tensors)
     trusted = run.run.model.trust_remote_code
     model = encoder(manifest.folder, trusted)
     counted = Counted(results / "work/facts", counted_with(manifest, model, trusted, run.environment))
@@ -32,7 +38,7 @@ def make_facts(run: RunFile, manifest: ModelManifest, results: Path) -> Facts:
         run=run.run.name,
         model=run.run.model_name,
         model_digest=manifest.digest,
-        model_facts=read_model(Path(manifest.folder)),
+        model_facts=found,
         tasks=tasks,
     )
 
@@ -51,6 +57,8 @@ def main() -> None:
         sys.exit(f"reproval facts: {message(wrong)}")
     try:
         facts = make_facts(run, read_record(options.manifest, ModelManifest), options.results)
+    except ModelError as error:
+        sys.exit(f"reproval facts: models.{run.run.model_name}: {error}")
     except TaskError as error:
         if error.__cause__:
             traceback.print_exception(error.__cause__)

@@ -28,12 +28,17 @@ from reproval.records import Dtype, ModelFacts
 
 def read_model(folder: Path) -> ModelFacts:
     """Facts of a local checkpoint. Raises ModelError."""
+    return facts_of(read_config(folder), read_tensors(folder))
+
+
+def read_config(folder: Path) -> Config:
+    """config.json of a local checkpoint. Raises ModelError."""
     config = read_json(folder / "config.json")
     modelopt = folder / "hf_quant_config.json"
     if modelopt.exists() and "quantization_config" not in config:
         # NVIDIA's quantizer writes a file of its own beside config.json.
         config = {**config, "quantization_config": read_json(modelopt).get("quantization")}
-    return facts_of(config, read_tensors(folder))
+    return config
 
 
 def facts_of(config: Config, tensors: Iterable[Tensor]) -> ModelFacts:
