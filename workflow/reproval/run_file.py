@@ -92,6 +92,14 @@ def write_list(folder: Path, names: Sequence[str]) -> Path:
     return _by_content(folder, "list", data)
 
 
+def write_setup(folder: Path, lines: Sequence[str]) -> Path:
+    """Write what every job's shell reads first to FOLDER/HASH.sh unless it is there already; return its path.
+
+    Raises OSError.
+    """
+    return _by_content(folder, "sh", "".join(f"{line}\n" for line in lines).encode())
+
+
 def _by_content(folder: Path, kind: str, data: bytes) -> Path:
     path = folder / f"{sha256_bytes(data)[:16]}.{kind}"
     if not path.exists():

@@ -273,11 +273,6 @@ else:
     INSIDE = WITHOUT_NETWORK + ENGINE
 
 
-def escaped(text):
-    """The text as Snakemake has to be given it, which formats it: a folder's name may have braces."""
-    return text.replace("{", "{{").replace("}", "}}")
-
-
 HOW_A_JOB_IS_RUN = [
     *(["--silence-limit-h", str(CONFIG.silence_limit_h)] if CONFIG.silence_limit_h else []),
     *(["--local-copy", CONFIG.local_copy] if CONFIG.local_copy else []),
@@ -291,12 +286,16 @@ COMMANDS = {
     "inside": INSIDE,
     "evaluate": shlex.join(["engine", "-m", "reproval.evaluate", *HOW_A_JOB_IS_RUN]),
 }
-shell.prefix(
-    # Snakemake's own prefix, which this one replaces: else the exit code of `... | tee LOG` is tee's.
-    "set -euo pipefail; "
-    + escaped("".join(f"export {name}={shlex.quote(str(value))}; " for name, value in JOB_ENVIRONMENT.items()))
-    + escaped("".join(f'{name}() {{ {command} "$@"; }}; ' for name, command in COMMANDS.items()))
+# In a file, since Snakemake prints the whole command of a job that failed, above the reason.
+SETUP = run_file.write_setup(
+    Path(".snakemake/reproval"),
+    [
+        *(f"export {name}={shlex.quote(str(value))}" for name, value in JOB_ENVIRONMENT.items()),
+        *(f'{name}() {{ {command} "$@"; }}' for name, command in COMMANDS.items()),
+    ],
 )
+# Replaces Snakemake's own prefix: else the exit code of `... | tee LOG` is tee's.
+shell.prefix(f"set -euo pipefail; . {SETUP}; ")
 
 # --- what a reproduction is judged by ----------------------------------------------------------------------------------
 
