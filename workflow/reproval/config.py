@@ -83,8 +83,21 @@ ELSEWHERE = {
     **dict.fromkeys(("stop", "stop_sequences", "stop_strings"), "write until"),
     **dict.fromkeys(("pretrained", "model_id", "repo", "repo_id"), "write hub for a Hub id, path for a local folder"),
     **dict.fromkeys(("gen_kwargs", "generation_kwargs"), "write generation"),
+    "model_args": "delete it: path or hub of models.NAME says which model, and the plan decides how the engine runs",
+    **dict.fromkeys(("log_samples", "write_out"), "delete it: the samples of every task are kept"),
+    "predict_only": "delete it: answers are kept in the samples of every task, beside their scores",
+    **dict.fromkeys(("use_cache", "cache_requests"), "delete it: finished requests are kept by themselves"),
+    "confirm_run_unsafe_code": "write unsafe_code",
+    "tokenizer": "delete it: the tokenizer is that of the model's folder; a folder of links can join the two",
+    **dict.fromkeys(
+        ("peft", "lora", "adapter", "lora_local_path", "delta"),
+        "delete it, and merge the adapter: peft's model.merge_and_unload().save_pretrained(FOLDER)",
+    ),
     **dict.fromkeys(("token", "hf_token", "HF_TOKEN"), "delete it, and set HF_TOKEN in the environment"),
-    "results": "delete it: results go to the folder results; snakemake --directory moves them all",
+    **dict.fromkeys(
+        ("results", "output", "output_path", "output_dir"),
+        "delete it: results go to the folder results; snakemake --directory moves them all",
+    ),
 }
 
 NAME_WORDS = "a name of letters, digits and . _ -, which begins with a letter or digit and has at most 64 characters"
@@ -346,6 +359,10 @@ def _mend(path: KeyPath, value: Any, expected: str, written: str | None) -> str:
         choices = [str(choice) for branch in allowed for choice in choices_of(branch)]
         if near := nearest(value, choices, cutoff=0.5):
             return f"write {near}"
+        if str(path[-1]).endswith("_gib") and (amount := re.fullmatch(r"([\d.]+) *Gi?B?", value, re.IGNORECASE)):
+            return f"write {amount[1]}"
+        if path[-1] == "quantization":
+            return f"delete it if the checkpoint is quantized already, which needs nothing; else write {expected}"
         if any(branch.get("type") == "array" for branch in allowed) and value:
             return f"write a list: [{value}]"
         if path[-1] == "hub" and value.startswith((".", "/", "~")):

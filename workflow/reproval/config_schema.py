@@ -24,6 +24,7 @@ WORDS = {
     "limit": "a number of documents, or a fraction below 1",
     "hub": "the id of a model on huggingface.co, such as Qwen/Qwen3-4B",
     "compute_capability": 'text such as "9.0"',
+    "local_copy": "`$TMPDIR` or an absolute path",
     "sif_sha256": "64 hexadecimal digits, as sha256sum prints them",
 }
 
@@ -107,7 +108,7 @@ def fits(value: Any, branch: dict[str, Any]) -> bool:
 def describe(entry: dict[str, Any]) -> str:
     """A schema in words. Null is not offered: leaving the key out says the same."""
     choices = [str(choice) for branch in branches(entry) for choice in choices_of(branch)]
-    words = [f"one of {', '.join(choices)}"] if choices else []
+    words = ["one of " * (len(choices) > 1) + ", ".join(choices)] if choices else []
     words += [
         text for branch in branches(entry) if not choices_of(branch) and (text := _describe_branch(branch)) is not None
     ]
