@@ -22,6 +22,12 @@ def test_wilson_gives_the_intervals_of_newcombe_1998(successes: int, n: int, low
     assert interval.method == "Wilson"
 
 
+@pytest.mark.parametrize("n", [4, 7, 12, 40, 1319])
+def test_wilson_of_none_begins_at_zero_and_of_all_ends_at_one(n: int) -> None:
+    """Not at the 2.8e-17 that rounding leaves of 0 of 12, and that a report would show."""
+    assert (st.wilson(0, n).low, st.wilson(n, n).high) == (0.0, 1.0)
+
+
 @pytest.mark.parametrize(
     ("both", "only_a", "only_b", "neither", "p_value"),
     [(1, 1, 7, 12, 0.0703), (59, 6, 16, 80, 0.0525)],

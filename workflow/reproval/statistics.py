@@ -76,14 +76,14 @@ def is_binary(values: Floats) -> bool:
 # Many scores share a count and an n, and statsmodels takes a tenth of a millisecond for each.
 @cache
 def wilson(successes: float, n: float, level: float = LEVEL, method: str = "Wilson") -> Interval:
-    """Wilson score interval for `successes` of `n`, clipped to [0, 1].
+    """Wilson score interval for `successes` of `n`; of none it begins at 0 and of all it ends at 1, exactly.
 
     Source: Wilson 1927; statsmodels. `n` need not be whole (effective sample sizes). Raises ValueError for n <= 0.
     """
     if n <= 0 or not 0 <= successes <= n * (1 + 1e-12):
         raise ValueError(f"wilson: successes={successes} of n={n}")
     low, high = proportion_confint(min(successes, n), n, alpha=1 - level, method="wilson")
-    return Interval(float(low), float(high), method)
+    return Interval(float(low) if successes > 0 else 0.0, float(high) if successes < n else 1.0, method)
 
 
 def normal(value: float, stderr: float, level: float = LEVEL) -> Interval:
