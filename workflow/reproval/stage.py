@@ -12,6 +12,7 @@ import argparse
 import glob
 import hashlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Collection, Iterator
@@ -229,8 +230,14 @@ def stage_tasks(suite: str, run: RunFile) -> TaskManifest:
         try:
             tasks = prepare(unit, run.seed)
         except OSError as error:
+            at = f"suites.{suite}.tasks: {unit.task}"
+            if missing := re.search(r"Unable to find '(/[^']*)'", str(error)):
+                raise StageError(
+                    f"{at}: reads {missing[1]}, which is not there; correct data_files in its task file (a relative "
+                    "path begins at the working directory)"
+                ) from error
             raise StageError(
-                f"suites.{suite}.tasks: {unit.task}: its data set could not be fetched: {_first_line(error)}; "
+                f"{at}: its data set could not be fetched: {_first_line(error)}; "
                 "run `snakemake stage` where the network is"
             ) from error
         inside = {path.resolve() for path in walk(Path(unit.include_path))} if unit.include_path else set()

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import random
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,22 @@ from reproval.seeds import Seed, seeds
 from reproval.settings import TaskSettings, Unit
 
 CODE_ALLOWED = "HF_ALLOW_CODE_EVAL"
+# The metrics that lm-eval computes of each kind of task (ConfigurableTask.process_results); it passes over any other.
+COMPUTED = {
+    "loglikelihood": ("acc", "perplexity"),
+    "loglikelihood_rolling": ("word_perplexity", "byte_perplexity", "bits_per_byte"),
+    "multiple_choice": (
+        "acc",
+        "acc_norm",
+        "acc_bytes",
+        "acc_mutual_info",
+        "exact_match",
+        "f1",
+        "mcc",
+        "brier_score",
+        "likelihood",
+    ),
+}
 RUNS_CODE = "it runs code that the model writes; write unsafe_code: true into the suite if that may be"
 
 
@@ -55,15 +73,15 @@ def prepare(unit: Unit, seed: Seed) -> dict[str, Any]:
     tasks = manager(unit.include_path)
     if not tasks.match_tasks([unit.task]):
         raise UnknownTask(unit, list(tasks.all_tasks))
+    at = f"suites.{unit.suite}.tasks: {unit.task}"
     try:
         loaded: dict[str, Any] = tasks.load([unit.task])["tasks"]
     except OSError:
         raise
     except Exception as error:
-        told = f"{type(error).__name__}: {error}"
-        if CODE_ALLOWED in told:
-            told = RUNS_CODE
-        raise TaskError(f"suites.{unit.suite}.tasks: {unit.task}: lm-eval cannot load it: {told}") from error
+        path = getattr(tasks.task_index.get(unit.task), "yaml_path", None)
+        told = next(_unknown_members(unit.task, tasks), None) or _reason(error)
+        raise TaskError(f"{at}: lm-eval cannot load it{f' from {path}' if path else ''}: {told}") from error
     for name, task in loaded.items():
         _refuse(unit, name, task)
     settings = unit.settings
@@ -80,6 +98,39 @@ def prepare(unit: Unit, seed: Seed) -> dict[str, Any]:
     return loaded
 
 
+def _unknown_members(name: str, tasks: Any) -> Iterator[str]:
+    """Names in a group's file that nobody defines; lm-eval takes them for tasks, and misses their data set."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    entry = tasks.task_index.get(name)
+    if entry is None or entry.kind.name != "GROUP" or entry.yaml_path is None:
+        return
+    members = load_yaml(entry.yaml_path, resolve_func=False).get("task")
+    for member in members if isinstance(members, list) else []:
+        if isinstance(member, str) and member in tasks.task_index:
+            yield from _unknown_members(member, tasks)
+        elif isinstance(member, str):
+            near = get_close_matches(member, list(tasks.all_tasks), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            yield f"{entry.yaml_path} names {member!r}, which is no task, group or tag{hint}"
+
+
+def _reason(error: BaseException) -> str:
+    """Why a task cannot be loaded, with what is behind an error that says only that there was one."""
+    if isinstance(error, StopIteration):
+        return "its data set holds no documents"
+    told = f"{type(error).__name__}: {error}"
+    frames = [
+        each for each in traceback.extract_tb(error.__traceback__) if each.filename.endswith("lm_eval/api/task.py")
+    ]
+    if frames and isinstance(error, LookupError | TypeError):
+        told += f", at `{frames[-1].line}`"
+    while error.__cause__ is not None:
+        error = error.__cause__
+        told += f": {error}"
+    return RUNS_CODE if CODE_ALLOWED in told else told
+
+
 def allow_code(unit: Unit) -> None:
     """Let the metric of a unit that may run code do so: it asks for a variable, which no container passes on."""
     if unit.unsafe_code:
@@ -92,6 +143,26 @@ def _refuse(unit: Unit, name: str, task: Any) -> None:
         raise TaskError(f"suites.{unit.suite}.tasks: {name}: {RUNS_CODE}")
     if getattr(task, "MULTIMODAL", False):
         raise TaskError(f"suites.{unit.suite}.tasks: {name}: asks about images or sound; expected a task of text alone")
+    if not callable(task.get_config("process_results")):
+        _refuse_metrics(f"suites.{unit.suite}.tasks: {name}: metric_list", task)
+
+
+def _refuse_metrics(at: str, task: Any) -> None:
+    """Raise TaskError for a metric that lm-eval would miss when everything is answered, or leave out in silence."""
+    kind = task.get_config("output_type")
+    for metric, function in getattr(task, "_metric_fn_list", {}).items():
+        computed = COMPUTED.get(kind)
+        if computed is not None and metric not in computed:
+            near = get_close_matches(metric, computed, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TaskError(
+                f"{at}: {metric!r} is not computed for output_type: {kind}; expected one of {', '.join(computed)}{hint}"
+            )
+        if function is None:
+            raise TaskError(f"{at}: {metric!r} is no metric of lm-eval's, nor one that `evaluate` has in the store")
+    for metric, aggregation in getattr(task, "_aggregation_list", {}).items():
+        if aggregation is None:
+            raise TaskError(f"{at}: {metric!r} has an aggregation that lm-eval does not know; most are `mean`")
 
 
 def built(unit: Unit, seed: Seed, model: Any) -> dict[str, Any]:
@@ -115,7 +186,34 @@ def built(unit: Unit, seed: Seed, model: Any) -> dict[str, Any]:
                 tokenizer_name=model.tokenizer_name if chat["apply_chat_template"] else "",
                 **{**chat, "apply_chat_template": bool(chat["apply_chat_template"])},
             )
+    if _is_own(unit):
+        for name, task in tasks.items():
+            _refuse_targets(unit, name, task)
     return tasks
+
+
+def _is_own(unit: Unit) -> bool:
+    """Whether a unit's task or group is one of the user's; those of lm-eval are as they were published."""
+    path = getattr(manager(unit.include_path).task_index.get(unit.task), "yaml_path", None)
+    return bool(path and unit.include_path and Path(path).resolve().is_relative_to(Path(unit.include_path).resolve()))
+
+
+def _refuse_targets(unit: Unit, name: str, task: Any) -> None:
+    """Raise TaskError for a right answer that is none of the choices: lm-eval counts such a document as wrong."""
+    if (
+        task.get_config("output_type") != "multiple_choice"
+        or task.multiple_input
+        or callable(task.config.process_results)
+    ):
+        return
+    for number, doc in {instance.doc_id: instance.doc for instance in task.instances}.items():
+        target, choices = task.doc_to_target(doc), task.doc_to_choice(doc)
+        for each in target if isinstance(target, list) else [target]:
+            if each not in choices if isinstance(each, str) else not 0 <= each < len(choices):
+                raise TaskError(
+                    f"suites.{unit.suite}.tasks: {name}: doc_to_target is {each!r} in document {number}, which has "
+                    f"{len(choices)} choices; expected the text of one of them, or its number from 0"
+                )
 
 
 @contextmanager
@@ -161,8 +259,6 @@ class UnknownTask(TaskError):
     """lm-eval has no task, group or tag of that name."""
 
     def __init__(self, unit: Unit, known: list[str]) -> None:
-        from difflib import get_close_matches
-
         near = get_close_matches(unit.task, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "`lm_eval ls tasks` lists the names"
         where = f" or in {unit.include_path}" if unit.include_path else ""
