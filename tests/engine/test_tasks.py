@@ -33,8 +33,12 @@ MORE = {
     "no_yaml": "  indented: once too often",
     "metric": "metric_list: [{metric: exct_match, aggregation: mean}]",
     "aggregation": "metric_list: [{metric: exact_match, aggregation: men}]",
-    "other_metric": "output_type: multiple_choice\ndoc_to_choice: [b]\nmetric_list: [{metric: acc_nrm}]",
+    "other_metric": "output_type: multiple_choice\n"
+    "doc_to_choice: [b]\nmetric_list: [{metric: acc_nrm, aggregation: mean}]",
+    "no_aggregation": "metric_list: [{metric: exct_match}]",
     "target": "output_type: multiple_choice\ndoc_to_choice: [b, c]\ndoc_to_target: 2\nmetric_list: [{metric: acc}]",
+    "sampling": "generation_kwargs: {until: [A], max_new_tokenz: 8}",
+    "until": "generation_kwargs: {until: [5]}",
     "empty": "",
     "cut_off": "",
     "outside": "",
@@ -79,8 +83,11 @@ def unit(folder: Path, task: str, *, allowed: bool = False) -> Unit:
         ("other_metric", r"'acc_nrm' is not computed for output_type: multiple_choice; .*; did you mean 'acc_norm'\?"),
         (
             "target",
-            r"target: lm-eval cannot load it from .*target\.yaml: IndexError: .*, at `.*test_choice\[test_target\]",
+            r"target: lm-eval cannot load it from .*target\.yaml: IndexError: .* at `.*test_choice\[test_target\]",
         ),
+        ("sampling", r"generation_kwargs: 'max_new_tokenz' is nothing that vLLM knows; did you mean 'max_new_tokens'"),
+        ("until", r"generation_kwargs: until is \[5\]; expected text or a list of text"),
+        ("no_aggregation", r"a metric of its metric_list is none of lm-eval's; correct the name"),
         ("empty", r"empty: lm-eval cannot load it from .*empty\.yaml: its data set holds no documents"),
         ("cut_off", r"cut_off: lm-eval cannot load it from .*cut_off\.yaml: DatasetGenerationError: .*JSON"),
         ("group", r"group: lm-eval cannot .*group\.yaml names 'pain', which is no task, .*did you mean 'plain'\?"),
@@ -100,6 +107,13 @@ def test_a_right_answer_that_is_no_choice_is_refused(tmp_path: Path) -> None:
     model = SimpleNamespace(hf_chat_template=None, tokenizer=None)
     with pytest.raises(TaskError, match=r"s\.tasks: t: doc_to_target is 2 in document 2, which has 2 choices"):
         built(unit(tmp_path, "t"), None, model)
+
+
+def test_what_lm_eval_cannot_ask_is_named(folder: Path) -> None:
+    model = SimpleNamespace(hf_chat_template=None, tokenizer=None)
+    asked = unit(folder, "plain").model_copy(update={"settings": TaskSettings(num_fewshot=7)})
+    with pytest.raises(TaskError, match=r"plain: lm-eval cannot build its requests: num_fewshot is 7, and there are"):
+        built(asked, None, model)
 
 
 def test_a_local_file_that_is_missing_is_no_matter_of_the_network(tmp_path: Path) -> None:

@@ -252,3 +252,19 @@ def test_traces_are_joined_with_their_attempts_numbered_on(tmp_path: Path) -> No
     rows = pq.read_table(tmp_path / "all").to_pylist()
     assert [(row["attempt"], row["gpu0_bytes"], row["gpu1_bytes"]) for row in rows] == [(1, 1, None), (2, 2, 3)]
     assert {row["phase"] for row in rows} == {"weights"}
+
+
+@pytest.mark.parametrize(
+    ("generation", "tokens"),
+    [
+        ({}, 256),
+        ({"max_gen_toks": 8}, 8),
+        # Names by which transformers, vLLM and OpenAI know it, which lm-eval takes in a task's file.
+        ({"max_new_tokens": 1024}, 1024),
+        ({"max_tokens": 12, "max_gen_toks": None}, 12),
+        ({"max_completion_tokens": 9, "max_gen_toks": 7}, 7),
+    ],
+)
+def test_the_length_of_an_answer_by_any_of_its_names(generation: dict[str, Any], tokens: int) -> None:
+    assert shards.answer_tokens(generation) == tokens
+    assert shards.context_and_tokens("generate_until", ["text", generation]) == ("text", tokens)

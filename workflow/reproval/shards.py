@@ -12,7 +12,7 @@ import argparse
 import gzip
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -93,11 +93,21 @@ def common_prefix(left: str, right: str) -> int:
     return low
 
 
-def context_and_tokens(kind: str, arguments: Sequence[Any], max_gen_toks: int = 256) -> tuple[str, float]:
+# What lm-eval reads the length of an answer from, in its order (normalize_gen_kwargs), and what it takes without.
+ANSWER_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+DEFAULT_MAX_GEN_TOKS = 256
+
+
+def answer_tokens(generation: Mapping[str, Any]) -> int:
+    """The most tokens of an answer to a request with these gen_kwargs."""
+    return int(next((generation[key] for key in ANSWER_KEYS if generation.get(key) is not None), DEFAULT_MAX_GEN_TOKS))
+
+
+def context_and_tokens(kind: str, arguments: Sequence[Any]) -> tuple[str, float]:
     """What `divide` needs of one lm-eval request. Without a context, the text that is scored stands for it."""
     text = str(arguments[0])
     if kind == "generate_until":
-        return text, float(arguments[1].get("max_gen_toks") or max_gen_toks)
+        return text, float(answer_tokens(arguments[1]))
     if kind == "loglikelihood":
         return text or str(arguments[1]), len(arguments[1]) / CHARACTERS_PER_TOKEN
     return text, 0.0

@@ -17,10 +17,9 @@ from reproval.records import ModelManifest, RequestType, TaskFacts
 from reproval.requests import Tokens, windows
 from reproval.seeds import Seed
 from reproval.settings import Unit
+from reproval.shards import answer_tokens
 from reproval.tasks import built
 
-# What lm-eval's vLLM backend generates when a task does not say (VLLM.__init__, max_gen_toks).
-DEFAULT_MAX_GEN_TOKS = 256
 BLOCK_TOKENS = 16
 # All other files of a manifest count as the tokenizer's: vocabulary, merges, chat templates, code.
 _NOT_THE_TOKENIZERS = ("*.safetensors", "*.safetensors.index.json", "generation_config.json")
@@ -169,7 +168,7 @@ def _lengths(kind: RequestType, instances: list[Any], model: Any) -> dict[str, A
     def contexts() -> Iterator[Tokens]:
         for instance, context, continuation in _encoded(kind, instances, model):
             repeat = instance.repeats or 1
-            new = int(instance.args[1].get("max_gen_toks") or DEFAULT_MAX_GEN_TOKS) if kind == "generate_until" else 0
+            new = answer_tokens(instance.args[1]) if kind == "generate_until" else 0
             lengths[len(context) + len(continuation) + new] += repeat
             sums.update(
                 requests=repeat,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cache, lru_cache
@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from reproval.seeds import Seed, seeds
-from reproval.settings import TaskSettings, Unit
+from reproval.settings import Generation, TaskSettings, Unit
+from reproval.shards import ANSWER_KEYS
 
 CODE_ALLOWED = "HF_ALLOW_CODE_EVAL"
 # The metrics that lm-eval computes of each kind of task (ConfigurableTask.process_results); it passes over any other.
@@ -119,12 +120,16 @@ def _reason(error: BaseException) -> str:
     """Why a task cannot be loaded, with what is behind an error that says only that there was one."""
     if isinstance(error, StopIteration):
         return "its data set holds no documents"
+    if isinstance(error, KeyError) and error.args == (None,):
+        return (
+            "a metric of its metric_list is none of lm-eval's; correct the name, or give it an `aggregation:` as well"
+        )
     told = f"{type(error).__name__}: {error}"
     frames = [
         each for each in traceback.extract_tb(error.__traceback__) if each.filename.endswith("lm_eval/api/task.py")
     ]
     if frames and isinstance(error, LookupError | TypeError):
-        told += f", at `{frames[-1].line}`"
+        told += f", in {frames[-1].name} at `{frames[-1].line}`"
     while error.__cause__ is not None:
         error = error.__cause__
         told += f": {error}"
@@ -143,8 +148,31 @@ def _refuse(unit: Unit, name: str, task: Any) -> None:
         raise TaskError(f"suites.{unit.suite}.tasks: {name}: {RUNS_CODE}")
     if getattr(task, "MULTIMODAL", False):
         raise TaskError(f"suites.{unit.suite}.tasks: {name}: asks about images or sound; expected a task of text alone")
+    if task.get_config("output_type") == "generate_until":
+        _refuse_generation(
+            f"suites.{unit.suite}.tasks: {name}: generation_kwargs", task.get_config("generation_kwargs")
+        )
     if not callable(task.get_config("process_results")):
         _refuse_metrics(f"suites.{unit.suite}.tasks: {name}: metric_list", task)
+
+
+def _refuse_generation(at: str, generation: Mapping[str, Any] | None) -> None:
+    """Raise TaskError for what the engine would refuse at the first answer."""
+    known = {*Generation.model_fields, *ANSWER_KEYS}
+    given = generation or {}
+    if others := sorted(given.keys() - known):
+        from vllm import SamplingParams  # takes seconds
+
+        for key in others:
+            if not hasattr(SamplingParams, key):
+                near = get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise TaskError(f"{at}: {key!r} is nothing that vLLM knows{hint}")
+    until = given.get("until")
+    if not isinstance(until, str | None) and not (
+        isinstance(until, list) and all(isinstance(text, str) for text in until)
+    ):
+        raise TaskError(f"{at}: until is {until!r}; expected text or a list of text, in quotes")
 
 
 def _refuse_metrics(at: str, task: Any) -> None:
@@ -177,15 +205,23 @@ def built(unit: Unit, seed: Seed, model: Any) -> dict[str, Any]:
     chat = chat_arguments(unit.settings)
     tasks = prepare(unit, seed)
     with named_template(model, unit):
-        for task in tasks.values():
-            task.build_all_requests(
-                limit=get_sample_size(task, unit.settings.limit),
-                rank=0,
-                world_size=1,
-                chat_template=model.apply_chat_template if chat["apply_chat_template"] else None,
-                tokenizer_name=model.tokenizer_name if chat["apply_chat_template"] else "",
-                **{**chat, "apply_chat_template": bool(chat["apply_chat_template"])},
-            )
+        for name, task in tasks.items():
+            try:
+                task.build_all_requests(
+                    limit=get_sample_size(task, unit.settings.limit),
+                    rank=0,
+                    world_size=1,
+                    chat_template=model.apply_chat_template if chat["apply_chat_template"] else None,
+                    tokenizer_name=model.tokenizer_name if chat["apply_chat_template"] else "",
+                    **{**chat, "apply_chat_template": bool(chat["apply_chat_template"])},
+                )
+            except Exception as error:
+                told = _reason(error)
+                if "Sample larger than population" in told:
+                    told = f"num_fewshot is {task.get_config('num_fewshot')}, and there are fewer examples to draw from"
+                raise TaskError(
+                    f"suites.{unit.suite}.tasks: {name}: lm-eval cannot build its requests: {told}"
+                ) from error
     if _is_own(unit):
         for name, task in tasks.items():
             _refuse_targets(unit, name, task)
@@ -209,7 +245,8 @@ def _refuse_targets(unit: Unit, name: str, task: Any) -> None:
     for number, doc in {instance.doc_id: instance.doc for instance in task.instances}.items():
         target, choices = task.doc_to_target(doc), task.doc_to_choice(doc)
         for each in target if isinstance(target, list) else [target]:
-            if each not in choices if isinstance(each, str) else not 0 <= each < len(choices):
+            fits = each in choices if isinstance(each, str) else each in range(len(choices))
+            if not fits:
                 raise TaskError(
                     f"suites.{unit.suite}.tasks: {name}: doc_to_target is {each!r} in document {number}, which has "
                     f"{len(choices)} choices; expected the text of one of them, or its number from 0"
