@@ -17,6 +17,7 @@ from demo_project import own_tasks
 
 from reproval import engine
 from reproval.facts import make_facts
+from reproval.model_facts import ModelError
 from reproval.records import Facts, Hardware
 from reproval.run_file import RunFile
 from reproval.seeds import seeds
@@ -374,3 +375,32 @@ def test_files_that_are_not_what_was_written_are_counted_again(counting: Countin
         assert counting.facts("small") == right
         assert counting.tokenized, content[:200]
         assert kept.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "said"),
+    [
+        ("config.json", '"vocab_size"', '"vocab"', "number of layers, hidden size or vocabulary size not found"),
+        (
+            "tokenizer.json",
+            "{",
+            "[",
+            r"small: its tokenizer cannot be loaded: \w+: .*; expected the files that",
+        ),
+        ("tokenizer_config.json", "_token", "_toke", "names neither bos_token nor eos_token"),
+    ],
+)
+def test_a_model_that_cannot_be_read_is_named(counting: Counting, file: str, old: str, new: str, said: str) -> None:
+    path = counting.model("small") / file
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ModelError, match=said):
+        counting.facts("small")
+
+
+def test_a_configuration_of_other_weights_is_refused_before_anything_is_counted(counting: Counting) -> None:
+    (counting.model("small") / "model.safetensors").unlink()
+    (counting.model("small") / "model.safetensors").symlink_to(MODEL / "model.safetensors")
+    counting.change(counting.model("small") / "config.json", '"vocab_size": 49152', '"vocab_size": 49000')
+    with pytest.raises(ModelError, match=r"small/config\.json: vocab_size\n  found:    49000"):
+        counting.facts("small")
+    assert not counting.tokenized

@@ -13,7 +13,7 @@ from typing import Any
 
 from reproval.checks_machine import check_container, check_hardware
 from reproval.checks_models import check_model
-from reproval.checks_names import check_names
+from reproval.checks_names import check_names, has_braces
 from reproval.checks_suites import check_suite
 from reproval.folders import FolderError, kind_of, resolve, unexpanded
 from reproval.problems import SECRET, Report, listing, nearest, show
@@ -85,7 +85,7 @@ def _tiers(report: Report, base: Path, workdir: Path) -> None:
     policy = top.get("policy", Config.model_fields["policy"].default)
     if not isinstance(name, str) or not isinstance(policy, str):
         return
-    if _braces(report, ("tiers",), name):
+    if has_braces(report, ("tiers",), name):
         return
     file, expected = resolve(name, workdir, base), "a file with `tiers` and `policies`, as config/tiers.yaml"
     reads: list[KeyPath] = [("tiers",)]
@@ -117,7 +117,7 @@ def _tiers(report: Report, base: Path, workdir: Path) -> None:
 
 def _store(report: Report, workdir: Path) -> None:
     store = report.section(()).get("store")
-    if not isinstance(store, str) or _braces(report, ("store",), store):
+    if not isinstance(store, str) or has_braces(report, ("store",), store):
         return
     if unexpanded(store) is not None or kind_of(resolve(store, workdir)) == "file":
         report.add(
@@ -126,16 +126,3 @@ def _store(report: Report, workdir: Path) -> None:
             expected="a folder, which may still be missing",
             mend=unexpanded(store) or "name another path",
         )
-
-
-def _braces(report: Report, at: KeyPath, path: str) -> bool:
-    """Whether a path that rules have among their files has braces, which is reported."""
-    if not set("{}") & set(path):
-        return False
-    report.add(
-        at,
-        found=show(path),
-        expected="a path without braces, which Snakemake takes for wildcards",
-        mend="rename it, or reach it by a link of another name",
-    )
-    return True

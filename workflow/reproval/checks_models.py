@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reproval import capability
+from reproval.checks_names import has_braces
 from reproval.folders import FolderError, check_model_folder, kind_of, model_config, resolve, unexpanded
 from reproval.problems import Report, listing, nearest, show
 from reproval.strictyaml import KeyPath
@@ -98,6 +99,8 @@ def _local(
                 expected=f"{key} only with hub; a local folder is identified by what is in it",
                 mend=f"delete {key}",
             )
+    if has_braces(report, (*at, "path"), path):
+        return
     folder = resolve(path, workdir)
     if folder not in folders:
         try:

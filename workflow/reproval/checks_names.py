@@ -1,4 +1,4 @@
-"""Names of a configuration, each of which becomes a folder on whatever file system the results lie."""
+"""Names of a configuration, each of which becomes a folder on whatever file system the results lie, and paths for rules."""
 
 from __future__ import annotations
 
@@ -41,3 +41,16 @@ def check_folder_name(report: Report, path: KeyPath, name: str) -> None:
             expected="a name that every file system takes for a folder",
             mend="do not end it with a dot" if name.endswith(".") else f"choose another name, such as {name}-1",
         )
+
+
+def has_braces(report: Report, at: KeyPath, path: str) -> bool:
+    """Whether a path that rules have among their files has braces, which is reported."""
+    if not set("{}") & set(path):
+        return False
+    report.add(
+        at,
+        found=show(path),
+        expected="a path without braces, which Snakemake takes for wildcards",
+        mend="rename it, or reach it by a link of another name",
+    )
+    return True

@@ -29,7 +29,19 @@ def make_facts(run: RunFile, manifest: ModelManifest, results: Path) -> Facts:
     check(config, tensors, f"{folder}/config.json")
     found = facts_of(config, tensors)
     trusted = run.run.model.trust_remote_code
-    model = encoder(manifest.folder, trusted)
+    try:
+        model = encoder(manifest.folder, trusted)
+        tokenizer = model.tokenizer
+    except Exception as error:
+        raise ModelError(
+            f"{folder}: its tokenizer cannot be loaded: {type(error).__name__}: {error}; expected the files that "
+            "tokenizer.save_pretrained(FOLDER) writes; copy them again"
+        ) from error
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"{folder}/tokenizer_config.json: names neither bos_token nor eos_token, or is not there; expected one of "
+            "them, by which an empty context is asked; copy the file from where the weights come from"
+        )
     counted = Counted(results / "work/facts", counted_with(manifest, model, trusted, run.environment))
     tasks: list[TaskFacts] = []
     for unit in run.run.units:

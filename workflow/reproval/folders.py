@@ -135,6 +135,8 @@ def check_model_folder(folder: Path) -> None:
                 f"one of {', '.join(TOKENIZERS)} or *.tiktoken",
                 "copy the tokenizer's files into the folder (tokenizer.save_pretrained writes them)",
             )
+        for _ in walk(folder):
+            pass  # A link that leads nowhere, or a folder that may not be read.
     except OSError as error:
         raise FolderError(
             f"{Path(str(error.filename or folder)).name} cannot be read ({error.strerror})",

@@ -83,7 +83,10 @@ CONTROLLER = shlex.quote(sys.executable)
 
 # --- what is evaluated -----------------------------------------------------------------------------------------------
 
-RUNS = {run.name: run for run in configuration.runs(CONFIG, BASE, Path.cwd(), ENVIRONMENT)}
+try:
+    RUNS = {run.name: run for run in configuration.runs(CONFIG, BASE, Path.cwd(), ENVIRONMENT)}
+except configuration.ConfigError as error:
+    raise WorkflowError(str(error))
 RUN_FILES = {name: run_file.run_file(run, CONFIG, ENVIRONMENT) for name, run in RUNS.items()}
 SNAPSHOT = run_file.write_snapshot(Path(".snakemake/reproval"), list(RUN_FILES.values()))
 TIERS = str(folders.resolve(CONFIG.tiers, Path.cwd(), BASE))
