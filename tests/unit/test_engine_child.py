@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import runpy
@@ -221,3 +222,16 @@ def test_why_a_job_failed_stands_in_the_log_that_snakemake_shows(
         evaluate.main()
     assert "run: cannot be read" in str(ended.value)
     assert (tmp_path / "new/log").read_text() == f"{ended.value}\n"
+
+
+def test_a_disk_that_is_full_is_named_though_the_log_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "results/work/m/attempts.json")
+    names = ("run", "facts", "plan", "manifest", "results", "out", "trace")
+    given = [f"--{name}={tmp_path / name}" for name in names]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *given, "--gpus=0", "--log=/dev/full"])
+    monkeypatch.setattr(evaluate, "read_record", lambda *_: None)
+    monkeypatch.setattr(evaluate, "evaluate", lambda _: (_ for _ in ()).throw(full))
+    with pytest.raises(SystemExit, match=r"work/m/attempts\.json: No space left on device; .*what is finished is kept"):
+        evaluate.main()

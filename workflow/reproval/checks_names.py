@@ -1,4 +1,4 @@
-"""Names of a configuration, each of which becomes a folder on whatever file system the results lie, and paths for rules."""
+"""Names of a configuration, each of which becomes a folder on whatever file system the results lie, and rules' paths."""
 
 from __future__ import annotations
 

@@ -10,11 +10,13 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NoReturn
 
 from reproval import keep, memory, resources, store, supervise, supervise_ladder
 from reproval.engine import ANSWERED, ChildTask, ChildUnit, ShardTask, environment
@@ -291,6 +293,15 @@ def evaluate_shard(job: Job, shard: ShardTask) -> tuple[ShardResult, list[memory
     return result, [memory.Trace() for _ in ended.history] + ended.traces
 
 
+def _end(message: str, log: Path) -> NoReturn:
+    """Leave with a message that stands in the log too, which Snakemake shows of a job that failed on another node."""
+    with suppress(OSError):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as stream:
+            print(message, file=stream)
+    sys.exit(message)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("run", "facts", "plan", "manifest", "results", "log", "out", "trace"):
@@ -321,12 +332,14 @@ def main() -> None:
             shard = ShardTask(shard=options.shard, shards=options.shards, answers=str(options.answers))
             record, traces = evaluate_shard(replace(job, shard=shard), shard)
     except (EvaluateError, RecordError) as error:
-        message = f"reproval evaluate: {error}"
-        # Snakemake shows the log of a job that failed; what else the job printed may be on another node.
-        options.log.parent.mkdir(parents=True, exist_ok=True)
-        with options.log.open("a", encoding="utf-8") as stream:
-            print(message, file=stream)
-        sys.exit(message)
+        _end(f"reproval evaluate: {error}", options.log)
+    except OSError as error:
+        traceback.print_exc()
+        _end(
+            f"reproval evaluate: {error.filename or options.results}: {error.strerror or error}; mend that (make "
+            "room, permit it), and start again: what is finished is kept",
+            options.log,
+        )
     memory.write_trace(options.trace, *traces)
     write_record(options.out, record)
 

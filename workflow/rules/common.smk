@@ -88,7 +88,12 @@ try:
 except configuration.ConfigError as error:
     raise WorkflowError(str(error))
 RUN_FILES = {name: run_file.run_file(run, CONFIG, ENVIRONMENT) for name, run in RUNS.items()}
-SNAPSHOT = run_file.write_snapshot(Path(".snakemake/reproval"), list(RUN_FILES.values()))
+try:
+    SNAPSHOT = run_file.write_snapshot(Path(".snakemake/reproval"), list(RUN_FILES.values()))
+except OSError as error:
+    raise WorkflowError(
+        f"{Path.cwd()}: cannot be written ({error.strerror}); name another working directory with --directory"
+    )
 TIERS = str(folders.resolve(CONFIG.tiers, Path.cwd(), BASE))
 
 
