@@ -1,4 +1,4 @@
-"""Names of a configuration, each of which becomes a folder on whatever file system the results lie, and rules' paths."""
+"""Names of a configuration, each of which becomes a folder on whatever file system it is, and paths for rules."""
 
 from __future__ import annotations
 
