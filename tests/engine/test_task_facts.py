@@ -387,6 +387,7 @@ def test_files_that_are_not_what_was_written_are_counted_again(counting: Countin
             "[",
             r"small: its tokenizer cannot be loaded: \w+: .*; expected the files that",
         ),
+        ("config.json", '"llama"', '"lama9"', "config.json: model_type is 'lama9'; .* write trust_remote_code: true"),
         ("tokenizer_config.json", "_token", "_toke", "names neither bos_token nor eos_token"),
     ],
 )

@@ -6,6 +6,7 @@ import argparse
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 from reproval.counted import Counted
 from reproval.files import read_record, write_record
@@ -29,6 +30,7 @@ def make_facts(run: RunFile, manifest: ModelManifest, results: Path) -> Facts:
     check(config, tensors, f"{folder}/config.json")
     found = facts_of(config, tensors)
     trusted = run.run.model.trust_remote_code
+    _refuse_unknown(folder, config.get("model_type"), trusted)
     try:
         model = encoder(manifest.folder, trusted)
         tokenizer = model.tokenizer
@@ -53,6 +55,23 @@ def make_facts(run: RunFile, manifest: ModelManifest, results: Path) -> Facts:
         model_facts=found,
         tasks=tasks,
     )
+
+
+def _refuse_unknown(folder: Path, model_type: Any, trusted: bool) -> None:
+    """Raise ModelError for a type of model whose configuration neither transformers nor vLLM can read."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if model_type in CONFIG_MAPPING:
+        return
+    from vllm.transformers_utils.config import get_config  # takes seconds; has types of its own
+
+    try:
+        get_config(str(folder), trust_remote_code=trusted)
+    except Exception as error:
+        mend = "" if trusted else "; write trust_remote_code: true if it brings code that you trust"
+        raise ModelError(
+            f"{folder}/config.json: model_type is {model_type!r}; expected one that vLLM or transformers knows{mend}"
+        ) from error
 
 
 def main() -> None:
