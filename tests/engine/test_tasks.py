@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +42,7 @@ MORE = {
     "until": "generation_kwargs: {until: [5]}",
     "empty": "",
     "cut_off": "",
+    "twice": "",
     "outside": "",
     "linked": "",
 }
@@ -58,6 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, more in MORE.items():
         data[name].write_text(DATA.get(name, '{"q": "a", "a": "b"}\n'))
         (made / f"{name}.yaml").write_text(TASK.format(name=name, data=data[name]) + more + "\n")
+    shutil.copy(made / "twice.yaml", made / "twice_copy.yaml")
     (made / "group.yaml").write_text("group: group\ntask: [plain, {group: inner, task: [plain]}, pain]\n")
     (made / "linked.jsonl").symlink_to(data["linked"])
     (made / "metric.py").write_text("raise ValueError('set the environment variable HF_ALLOW_CODE_EVAL=1')\n")
@@ -87,6 +90,7 @@ def unit(folder: Path, task: str, *, allowed: bool = False) -> Unit:
         ),
         ("sampling", r"generation_kwargs: 'max_new_tokenz' is nothing that vLLM knows; did you mean 'max_new_tokens'"),
         ("until", r"generation_kwargs: until is \[5\]; expected text or a list of text"),
+        ("twice", r"tasks: twice: .*twice\.yaml and .*twice_copy\.yaml define it; expected one file"),
         ("no_aggregation", r"a metric of its metric_list is none of lm-eval's; correct the name"),
         ("empty", r"empty: lm-eval cannot load it from .*empty\.yaml: its data set holds no documents"),
         ("cut_off", r"cut_off: lm-eval cannot load it from .*cut_off\.yaml: DatasetGenerationError: .*JSON"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -469,7 +470,7 @@ def test_include_path_is_found_beside_the_workflow(workdir: Path, tmp_path: Path
     (base / "mine").mkdir(parents=True)
     (base / "mine" / "task.yaml").write_text("task: x\n")
     (base / "config").mkdir()
-    (base / "config" / "tiers.yaml").write_text("policies: {auto: {}}\n")
+    shutil.copy(ROOT / "config" / "tiers.yaml", base / "config")
     data = {"models": {"m": {"path": "models/good"}}, "suites": {"s": {"tasks": ["x"], "include_path": "mine"}}}
     (run,) = runs(load(data, [], base, workdir), base, workdir, "lock:0")
     assert run.units[0].include_path == str(base / "mine")
@@ -540,3 +541,13 @@ def test_documented_commands_part_the_target_from_the_configuration() -> None:
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         commands = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("    ")]
         assert [line for line in commands if swallowed.search(line)] == [], path.name
+
+
+def test_a_misspelt_lever_is_found_before_anything_is_counted(workdir: Path) -> None:
+    text = (ROOT / "config" / "tiers.yaml").read_text()
+    (workdir / "mine.yaml").write_text(text.replace("enforce_eager: true", "enforce_eagre: true"))
+    data = {"models": {"m": {"path": "models/good"}}, "suites": {"s": {"tasks": ["x"]}}, "tiers": "mine.yaml"}
+    with pytest.raises(
+        ConfigError, match=r"mine\.yaml:\d+: .*enforce_eagre: an unknown key(.|\n)*did you mean enforce_eager"
+    ):
+        load(data, [], ROOT, workdir)

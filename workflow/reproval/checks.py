@@ -16,9 +16,10 @@ from reproval.checks_models import check_model
 from reproval.checks_names import check_names, has_braces
 from reproval.checks_suites import check_suite
 from reproval.folders import FolderError, kind_of, resolve, unexpanded
-from reproval.problems import SECRET, Report, listing, nearest, show
+from reproval.problems import SECRET, ConfigError, Report, listing, nearest, show
 from reproval.settings import Config
 from reproval.strictyaml import KeyPath, YamlError, read
+from reproval.tiers import load_tiers
 
 
 def check(report: Report, base: Path, workdir: Path) -> None:
@@ -113,6 +114,13 @@ def _tiers(report: Report, base: Path, workdir: Path) -> None:
             mend=f"write {near}" if near else "choose one of them, or add it to that file",
             reads=[*reads, ("policy",)],
         )
+    else:
+        try:
+            load_tiers(file)
+        except ConfigError as error:
+            for problem in error.problems:
+                found = f"{problem.place}: {problem.key}: {problem.found}"
+                report.add(("tiers",), found=found, expected=problem.expected, mend=problem.mend, reads=reads)
 
 
 def _store(report: Report, workdir: Path) -> None:

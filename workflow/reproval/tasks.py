@@ -11,7 +11,7 @@ import os
 import random
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from functools import cache, lru_cache
 from pathlib import Path
@@ -84,6 +84,11 @@ def prepare(unit: Unit, seed: Seed) -> dict[str, Any]:
         told = next(_unknown_members(unit.task, tasks), None) or _reason(error)
         raise TaskError(f"{at}: lm-eval cannot load it{f' from {path}' if path else ''}: {told}") from error
     for name, task in loaded.items():
+        if len(files := _defined(unit.include_path).get(name, ())) > 1:
+            raise TaskError(
+                f"suites.{unit.suite}.tasks: {name}: {' and '.join(map(str, files))} define it; expected one file, "
+                "since lm-eval takes the first; rename the other"
+            )
         _refuse(unit, name, task)
     settings = unit.settings
     for task in loaded.values():
@@ -304,6 +309,21 @@ class UnknownTask(TaskError):
             f"suites.{unit.suite}.tasks: {unit.task!r} is not a task of lm-eval{where}; "
             f"expected a task, group or tag name; {hint}" + (f"\nlm-eval passed over:{broken}" if broken else "")
         )
+
+
+@cache
+def _defined(include_path: str | None) -> dict[str, list[Path]]:
+    """The task files of a folder by the name that they give."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    found: dict[str, list[Path]] = {}
+    for path in sorted(Path(include_path).rglob("*.yaml")) if include_path else ():
+        # What cannot be read is told where a name is missing.
+        with suppress(Exception):
+            name = load_yaml(path, resolve_func=False).get("task")
+            if isinstance(name, str):
+                found.setdefault(name, []).append(path)
+    return found
 
 
 def broken_files(include_path: str | None) -> list[str]:
