@@ -405,3 +405,14 @@ def test_a_configuration_of_other_weights_is_refused_before_anything_is_counted(
     with pytest.raises(ModelError, match=r"small/config\.json: vocab_size\n  found:    49000"):
         counting.facts("small")
     assert not counting.tokenized
+
+
+def test_a_token_that_the_model_does_not_know_is_refused(counting: Counting) -> None:
+    assert counting.facts("small").tasks[0].largest_token < 49152
+    header = json.dumps(
+        {"model.embed_tokens.weight": {"dtype": "F32", "shape": [40, 1], "data_offsets": [0, 160]}}
+    ).encode()
+    file = counting.model("small") / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(160))
+    with pytest.raises(ModelError, match=r"small: its tokenizer makes token \d+ of task \w+, and .* tokens 0 to 39;"):
+        counting.facts("small")

@@ -10,7 +10,7 @@ from typing import Any
 
 from reproval.counted import Counted
 from reproval.files import read_record, write_record
-from reproval.model_check import check
+from reproval.model_check import check, known_tokens
 from reproval.model_facts import facts_of, read_config
 from reproval.model_tensors import ModelError, read_tensors
 from reproval.records import Facts, ModelManifest, TaskFacts
@@ -48,6 +48,15 @@ def make_facts(run: RunFile, manifest: ModelManifest, results: Path) -> Facts:
     tasks: list[TaskFacts] = []
     for unit in run.run.units:
         tasks += unit_facts(unit, run.seed, model, counted)
+    known = known_tokens(tensors, found.vocab_size)
+    for task in tasks:
+        # vLLM pads the embedding with zeros, and takes some of such tokens without a word.
+        if task.largest_token >= known:
+            raise ModelError(
+                f"{folder}: its tokenizer makes token {task.largest_token} of task {task.task}, and the model has an "
+                f"embedding for tokens 0 to {known - 1}; expected the tokenizer that it was trained with, or an "
+                "embedding that was resized with it (model.resize_token_embeddings)"
+            )
     return Facts(
         run=run.run.name,
         model=run.run.model_name,

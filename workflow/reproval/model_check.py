@@ -72,6 +72,12 @@ def check(config: Config, tensors: Iterable[Tensor], file: str) -> None:
         )
 
 
+def known_tokens(tensors: Iterable[Tensor], vocabulary: int) -> int:
+    """How many tokens the model has an embedding for; `vocabulary` where no tensor tells."""
+    rows = [tensor.shape[0] for tensor in tensors if _EMBEDDING.match(tensor.name) and len(tensor.shape) == 2]
+    return max(rows, default=vocabulary)
+
+
 def contradictions(config: Config, tensors: list[Tensor]) -> Iterator[_Wrong]:
     """What a configuration says that cannot be true of the tensors."""
     text = text_config(config)

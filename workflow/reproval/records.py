@@ -180,6 +180,7 @@ class TaskFacts(Part):
     unique_prefix_tokens: int = Field(
         default=0, description="Context tokens left when prefixes that requests share are counted once."
     )
+    largest_token: int = Field(default=0, description="The largest token id of a prompt or continuation.")
     task_hash: Sha256 = Field(description="SHA-256 over the resolved task configuration, every prompt and document.")
 
 

@@ -163,13 +163,16 @@ def _lengths(kind: RequestType, instances: list[Any], model: Any) -> dict[str, A
     """The countable fields of TaskFacts, for requests of one kind."""
     lengths: Counter[int] = Counter()
     sums: Counter[str] = Counter()
+    largest = 0
 
     # One pass: the rest is counted while contexts go by, so that no more than a window of them is held.
     def contexts() -> Iterator[Tokens]:
+        nonlocal largest
         for instance, context, continuation in _encoded(kind, instances, model):
             repeat = instance.repeats or 1
             new = answer_tokens(instance.args[1]) if kind == "generate_until" else 0
             lengths[len(context) + len(continuation) + new] += repeat
+            largest = max(largest, *(int(part.max()) for part in (context, continuation) if len(part)), 0)
             sums.update(
                 requests=repeat,
                 context_tokens=len(context) * repeat,
@@ -185,6 +188,7 @@ def _lengths(kind: RequestType, instances: list[Any], model: Any) -> dict[str, A
         "longest_request_tokens": max(lengths),
         "lengths": dict(sorted(lengths.items())),
         "unique_prefix_tokens": unique,
+        "largest_token": largest,
     }
 
 
