@@ -35,6 +35,7 @@ LARGER = {
     "gemma-3-12b": groups(("full", 8, 4096, None), ("sliding", 40, 4096, 1024)),
     "gemma-3-27b": groups(("full", 10, 4096, None), ("sliding", 52, 4096, 1024)),
     "as many and a few more": groups(("full", 10, 2048, None), ("sliding", 14, 2048, 512)),
+    "half as many again": groups(("full", 10, 2048, None), ("sliding", 15, 2048, 512)),
     "narrower windows": groups(("full", 5, 4096, None), ("sliding", 25, 2048, 1024)),
     "widths that do not divide": groups(("full", 8, 2048, None), ("sliding", 24, 1536, 1024)),
 }

@@ -120,6 +120,9 @@ def test_scales_that_were_quantized_a_second_time_are_loaded_as_float32() -> Non
     more = weights_bytes(twice, "bfloat16", None) - weights_bytes(stored, "bfloat16", None)
     assert more == 3 * 6_979_321_856 // 64
     assert facts("Qwen2-7B-Instruct-AWQ").nested_absmax_elements == 0
+    # That is what quantizing the 16-bit checkpoint of the same shapes while loading makes.
+    made = weights_bytes(facts("Meta-Llama-3-8B"), "bfloat16", "bitsandbytes")
+    assert made == pytest.approx(weights_bytes(twice, "bfloat16", None), rel=0.001)
 
 
 def test_weights_in_memory() -> None:
@@ -143,6 +146,9 @@ def test_weights_in_memory() -> None:
     ]:
         assert facts(name).quantization == method
         assert weights_bytes(facts(name), "bfloat16", None) / 1e9 == pytest.approx(gigabytes, rel=0.01)
+    # Its 16-bit tensors, 1,558,406,144 elements of embeddings, norms and scales, are cast all the same.
+    fp8 = facts("Qwen3-32B-FP8")
+    assert weights_bytes(fp8, "float32", None) - weights_bytes(fp8, "bfloat16", None) == 2 * 1_558_406_144
 
 
 def test_tied_embeddings_count_once() -> None:

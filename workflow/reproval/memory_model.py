@@ -331,7 +331,7 @@ def predict(
 
     The parts do not all peak at the same moment; the sum is what the caching allocator may hold reserved. With
     `kv_cache_memory_bytes` the cache is that; else it is what vLLM makes of `gpu_memory_utilization`
-    (Worker.determine_available_memory of v1/worker/gpu_worker.py), and may come out at 0 or below.
+    (Worker.determine_available_memory of v1/worker/gpu_worker.py), 0 where nothing is left.
     """
     on_gpu = hardware.gpus > 0
     tp = settings.tensor_parallel_size
