@@ -164,6 +164,28 @@ def test_small_models_are_never_changed() -> None:
             assert not any(lever.changes_scores for lever in every)
 
 
+@pytest.mark.parametrize("lever", TIERS.policies["auto"].neutral_levers)
+def test_a_lever_that_the_policy_leaves_out_is_never_pulled(lever: str) -> None:
+    content = yaml.safe_load((ROOT / "config" / "tiers.yaml").read_text())
+    policy = content["policies"]["auto"]
+    # No more requests than the fewest tokens of a step, so that they never have to follow the tokens.
+    policy["start"] |= {"enforce_eager": False, "max_num_seqs": 512}
+    every = Tiers.model_validate(content)
+    policy["neutral_levers"].remove(lever)
+    without = Tiers.model_validate(content)
+
+    def levers(tiers: Tiers) -> set[str]:
+        found: set[str] = set()
+        for name, gib, scoring in itertools.product(("Qwen3-4B", "Llama-2-13b-hf"), (14, 24, 32), ("suffix", "stock")):
+            hardware = gpu(gib, 2).model_copy(update={"host_memory_bytes": 16 * GIB})
+            plan = planned(name, hardware, [task(requests=50_000, context=3000)], tiers=tiers, scoring=scoring)
+            found |= {each.lever for each in plan.levers + [each for rung in plan.ladder for each in rung.levers]}
+        return found
+
+    assert lever in levers(every)
+    assert lever not in levers(without)
+
+
 # --- properties ----------------------------------------------------------------------------------------------------
 
 WORK = st.builds(
@@ -357,13 +379,11 @@ def test_transients_of_prompt_logprobs() -> None:
     assert prompt_logprobs_bytes(smol, stock(2048), "v1", 1999) / GIB == pytest.approx(0.98, rel=0.06)
     # Gemma 2 soft-caps its logits: one more copy.
     assert prompt_logprobs_bytes(facts("gemma-2-9b"), one, "v2", 8000) == 3 * 1024 * 256000 * 2
-
-    # vLLM's V1 runner holds the rows of a prompt in a step: no more than the prompt has, or the engine takes.
+    # V1 holds the rows that a prompt has in a step: no more than its tokens, and no more than the engine's length.
     short = prompt_logprobs_bytes(qwen, stock(2048), "v1", 1000)
     assert prompt_logprobs_bytes(qwen, stock(16384), "v1", 1000) == short
-    assert prompt_logprobs_bytes(qwen, stock(8191), "v1", 40_000) == prompt_logprobs_bytes(
-        qwen, stock(8191), "v1", 8191
-    )
+    whole = prompt_logprobs_bytes(qwen, stock(32768), "v1", 8191)
+    assert prompt_logprobs_bytes(qwen, stock(32768), "v1", 40_000) == whole
 
 
 def test_only_tasks_of_loglikelihoods_hold_prompt_logits() -> None:
@@ -555,6 +575,68 @@ def test_every_model_gets_a_cache_that_vllm_starts_with(gib: int) -> None:
 # --- choices -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("hardware", "tokens", "sequences"),
+    [
+        (gpu(80), 16384, 1024),
+        (gpu(80, name="NVIDIA A100-SXM4-80GB"), 8192, 256),
+        (gpu(48, name="NVIDIA L40S"), 8192, 256),
+        (Hardware(gpus=0, host_memory_bytes=16 * GIB, cpus=2), 4096, 256),
+    ],
+)
+def test_where_a_policy_says_nothing_vllm_s_defaults_hold(hardware: Hardware, tokens: int, sequences: int) -> None:
+    """As get_batch_defaults of vllm/engine/arg_utils.py has them."""
+    plan = planned("Qwen3-0.6B", hardware, [CHOICES], "published")
+    chosen = plan.ladder[0].settings
+    assert (chosen.max_num_batched_tokens, chosen.max_num_seqs) == (tokens, sequences)
+    # A share of GPU memory means nothing on a CPU, where the plan gives the cache in bytes.
+    given = [0.92] if hardware.gpus else []
+    assert [lever.after for lever in plan.levers if lever.lever == "gpu_memory_utilization"] == [str(n) for n in given]
+    assert (chosen.gpu_memory_utilization is not None) == bool(hardware.gpus)
+
+
+def test_on_a_cpu_no_more_is_planned_than_vllm_s_defaults_there() -> None:
+    chosen = planned("SmolLM2-135M", Hardware(gpus=0, host_memory_bytes=16 * GIB, cpus=2)).ladder[0].settings
+    assert (chosen.max_num_batched_tokens, chosen.max_num_seqs) == (4096, 256)
+
+
+@pytest.mark.parametrize(("requests", "sequences"), [(1, 16), (64, 64), (65, 128), (5000, 1024)])
+def test_hardly_more_requests_may_run_at_once_than_a_task_has(requests: int, sequences: int) -> None:
+    assert planned("Qwen3-4B", H100, [task(requests=requests)]).ladder[0].settings.max_num_seqs == sequences
+
+
+def test_what_a_user_asks_for_goes_before_what_a_policy_begins_with() -> None:
+    capped = planned("Qwen3-14B", H100, policy="published", asked=ModelConfig(path="m", max_model_len=2048))
+    assert capped.ladder[0].settings.max_model_len == 2048
+    content = yaml.safe_load((ROOT / "config" / "tiers.yaml").read_text())
+    content["policies"]["auto"]["start"]["dtype"] = "float32"
+    tiers = Tiers.model_validate(content)
+    assert planned("Qwen3-4B", H100, tiers=tiers).ladder[0].settings.dtype == "float32"
+    asked = planned("Qwen3-4B", H100, tiers=tiers, asked=ModelConfig(path="m", dtype="bfloat16"))
+    assert asked.ladder[0].settings.dtype == "bfloat16"
+    assert asked.levers == [], "the checkpoint is in bfloat16: nothing is changed"
+
+
+def test_quantization_that_was_asked_for_holds_on_every_rung_and_marks_the_scores() -> None:
+    plan = planned("Qwen3-4B", gpu(24), asked=ModelConfig(path="m", quantization="bitsandbytes"))
+    [lever] = plan.levers
+    assert (lever.lever, lever.after, lever.changes_scores) == ("quantization", "bitsandbytes", True)
+    assert len(plan.ladder) > 1
+    assert {rung.settings.quantization for rung in plan.ladder} == {"bitsandbytes"}
+
+
+def test_a_policy_that_begins_with_quantization_leaves_quantized_checkpoints_as_they_are() -> None:
+    content = yaml.safe_load((ROOT / "config" / "tiers.yaml").read_text())
+    content["policies"]["auto"]["start"]["quantization"] = "fp8"
+    tiers = Tiers.model_validate(content)
+    assert planned("Qwen3-4B", H100, tiers=tiers).ladder[0].settings.quantization == "fp8"
+    stored = planned("Qwen2-7B-Instruct-AWQ", H100, tiers=tiers)
+    assert stored.ladder[0].settings.quantization is None
+    assert stored.levers == []
+    asked = planned("Qwen3-4B", H100, tiers=tiers, asked=ModelConfig(path="m", quantization="bitsandbytes"))
+    assert asked.ladder[0].settings.quantization == "bitsandbytes"
+
+
 def test_long_generation_takes_graphs_and_short_work_does_not() -> None:
     long = task("generate_until", requests=20_000, context=500, continuation=0, generated=256, longest=800)
     assert not planned("Qwen3-4B", H100, [long]).ladder[0].settings.enforce_eager
@@ -597,6 +679,11 @@ def test_float16_is_not_planned_for_models_that_vllm_refuses_in_it() -> None:
         assert "refuses dtype float16" in (asked.advice or "")
         assert "to bfloat16 or float32" in (asked.advice or "")
     assert planned("gemma-2b", H100, asked=ModelConfig(path="m", dtype="float16")).fits
+    # All of vLLM's list (_FLOAT16_NOT_SUPPORTED_MODELS).
+    for kind in ("gemma2", "gemma3", "gemma3_text", "glm4"):
+        model = facts("Qwen3-4B").model_copy(update={"model_type": kind})
+        half = ModelConfig(path="m", dtype="float16")
+        assert not make_plan("r", "m", model, [CHOICES], H100, TIERS, "auto", half, 1234).fits
 
 
 def test_bfloat16_is_refused_on_a_gpu_that_has_none_with_the_mend() -> None:
@@ -690,6 +777,9 @@ def test_a_length_that_the_user_asks_for_is_counted() -> None:
     assert plan.ladder[0].settings.max_model_len == 1024
     enough = planned("Qwen3-4B", H100, asked=ModelConfig(path="m", max_model_len=4096))
     assert enough.levers == []
+    # The longest request needs 3,001; the plan would have rounded that up to 3,008.
+    [lever] = planned("Qwen3-4B", H100, asked=ModelConfig(path="m", max_model_len=3001)).levers
+    assert (lever.after, lever.requests_cut, lever.changes_scores) == ("3001", 0, False)
     # A cap on requests that lm-eval makes: a loglikelihood request holds one token more than it scores.
     assert requests_over([CHOICES], 3000) == 1
     assert requests_over([CHOICES], 3001) == 0
@@ -707,6 +797,11 @@ def test_a_length_cap_leaves_room_for_the_longest_answer_and_some_of_its_prompt(
     assert asked.ladder[0].settings.max_model_len == 1088
     enough = planned("Qwen3-4B", H100, [answers], asked=ModelConfig(path="m", max_model_len=1100))
     assert enough.ladder[0].settings.max_model_len == 1100
+    # With short prompts the longest request has no more than that: there is nothing to cut, and nothing is lengthened.
+    short = task("generate_until", requests=100, context=5, continuation=0, generated=1024, longest=1034)
+    uncut = planned("Qwen3-4B", H100, [short], asked=ModelConfig(path="m", max_model_len=512))
+    assert uncut.levers == []
+    assert uncut.ladder[0].settings.max_model_len == 1040
     # The plan's own cuts stop there too.
     long = task("generate_until", requests=100, context=1000, continuation=0, generated=4096, longest=30_000)
     lengths = [rung.settings.max_model_len for rung in planned("Qwen3-14B", gpu(22), [long]).ladder]
@@ -747,6 +842,9 @@ def test_stock_requests_are_submitted_in_batches_that_host_memory_holds() -> Non
     assert plan.ladder[0].settings.submit_batch == 2048
     assert "submit_batch" in [lever.lever for lever in plan.levers]
     assert planned("Qwen3-4B", hardware, [long]).ladder[0].settings.submit_batch == 8192
+    # Generation leaves no object for every token of a prompt.
+    prompts = task("generate_until", requests=50_000, context=3000, continuation=0, generated=64, longest=4000)
+    assert planned("Qwen3-4B", hardware, [prompts], scoring="stock").ladder[0].settings.submit_batch == 8192
 
 
 def test_a_small_model_is_planned_for_its_share_of_a_gpu_and_a_large_one_for_the_whole() -> None:

@@ -267,8 +267,9 @@ def prompt_logprobs_bytes(facts: ModelFacts, settings: EngineSettings, runner: R
     vocabulary = padded_vocabulary(facts)
     step = settings.max_num_batched_tokens
     if runner == "v1":
-        first = min(step, settings.max_model_len - 1, longest_tokens)
-        second = min(step - first, longest_tokens)
+        longest = min(longest_tokens, settings.max_model_len - 1)
+        first = min(step, longest)
+        second = min(step - first, longest)
         return vocabulary * ((item + 8) * first + 4 * second)
     copies = (1 if step <= LOGIT_ROWS_PER_CHUNK else 2) + facts.soft_caps_logits
     return copies * min(step, LOGIT_ROWS_PER_CHUNK) * vocabulary * item
