@@ -31,13 +31,13 @@ from reproval.memory_model import (
 )
 from reproval.model_facts import facts_of
 from reproval.plan import make_plan, table
-from reproval.plan_ladder import divides
-from reproval.plan_start import requests_over
+from reproval.plan_ladder import divides, groups_of, neutral_steps
+from reproval.plan_start import Case, requests_over
 from reproval.problems import ConfigError
 from reproval.records import CacheGroup, EngineSettings, Facts, Hardware, ModelFacts, Plan, TaskFacts
 from reproval.run_file import RunFile
 from reproval.settings import ModelConfig, Run
-from reproval.tiers import Tiers, load_tiers, schema
+from reproval.tiers import Policy, TierRule, Tiers, load_tiers, schema
 
 ROOT = Path(__file__).parents[2]
 TIERS = load_tiers(ROOT / "config" / "tiers.yaml")
@@ -280,6 +280,97 @@ def test_on_a_cpu_everything_fits_into_host_memory(work: TaskFacts, gib: float) 
         assert rung.settings.enforce_eager
         assert rung.settings.gpu_memory_utilization is None
     assert plan.fits or "host memory" in (plan.advice or "")
+
+
+# --- the order -----------------------------------------------------------------------------------------------------
+
+
+def case(name: str, hardware: Hardware, policy: Policy, rule: TierRule) -> Case:
+    return Case(
+        facts=facts(name),
+        work=summarize([CHOICES]),
+        tasks=[CHOICES],
+        hardware=hardware,
+        policy=policy,
+        rule=rule,
+        start=policy.start,
+        tier="above-13B",
+        runner="v2",
+        scoring="suffix",
+    )
+
+
+def test_neutral_levers_are_pulled_in_the_documented_order() -> None:
+    """docs/plan.md: tokens down to 2,048, requests to 256, graphs, then tokens to 512 and requests to 16."""
+    first = stock(8192).model_copy(update={"enforce_eager": False})
+    steps = neutral_steps(case("Qwen3-14B", gpu(80), TIERS.policies["auto"], TierRule()), first)
+    assert [(step.max_num_batched_tokens, step.max_num_seqs, step.enforce_eager) for step in steps] == [
+        (8192, 1024, False),
+        (4096, 1024, False),
+        (2048, 1024, False),
+        (2048, 512, False),
+        (2048, 256, False),
+        (2048, 256, True),
+        (1024, 256, True),
+        (512, 256, True),
+        (512, 128, True),
+        (512, 64, True),
+        (512, 32, True),
+        (512, 16, True),
+    ]
+
+
+def test_score_changing_levers_are_pulled_in_the_policy_s_order_each_on_fewer_gpus_first() -> None:
+    rule = TierRule(score_levers=["max_model_len", "dtype", "kv_cache_dtype", "quantization"])
+    first = stock(8192).model_copy(update={"dtype": "float32", "max_model_len": 3024})
+    steps = list(groups_of(case("Qwen3-14B", gpu(24, 2), TIERS.policies["auto"], rule), first))
+    assert [step.tensor_parallel_size for step in steps] == [1, 2] * 7
+    # Halved in whole blocks of 16 tokens, and never below the policy's shortest length.
+    assert [(s.max_model_len, s.dtype, s.kv_cache_dtype, s.quantization) for s in steps[::2]] == [
+        (3024, "float32", "auto", None),
+        (1520, "float32", "auto", None),
+        (1024, "float32", "auto", None),
+        (1024, "bfloat16", "auto", None),
+        (1024, "bfloat16", "fp8", None),
+        (1024, "bfloat16", "fp8", "fp8"),
+        (1024, "bfloat16", "fp8", "bitsandbytes"),
+    ]
+    # What was chosen already is not chosen again, nor is float16 changed into bfloat16.
+    chosen = first.model_copy(update={"dtype": "float16", "kv_cache_dtype": "fp8", "quantization": "fp8"})
+    kept = list(groups_of(case("Qwen3-14B", gpu(24), TIERS.policies["auto"], rule), chosen))
+    assert [(s.max_model_len, s.dtype, s.kv_cache_dtype, s.quantization) for s in kept] == [
+        (length, "float16", "fp8", "fp8") for length in (3024, 1520, 1024)
+    ]
+
+
+def test_nothing_is_quantized_on_a_cpu() -> None:
+    rule = TierRule(score_levers=["quantization", "kv_cache_dtype"])
+    host = Hardware(gpus=0, host_memory_bytes=16 * GIB, cpus=2)
+    assert len(list(groups_of(case("Qwen3-14B", host, TIERS.policies["auto"], rule), stock(4096)))) == 1
+
+
+def test_a_ladder_has_few_and_big_steps() -> None:
+    """docs/plan.md: less cache, the frugal settings, the most frugal ones, more GPUs, and last what changes scores."""
+    rungs = [rung.settings for rung in planned("Qwen3-14B", gpu(80, 2)).ladder]
+    assert [
+        (s.tensor_parallel_size, s.quantization, s.max_model_len, s.max_num_batched_tokens, s.max_num_seqs)
+        for s in rungs
+    ] == [
+        (1, None, 3008, 8192, 1024),
+        (1, None, 3008, 8192, 1024),
+        (1, None, 3008, 2048, 256),
+        (1, None, 3008, 512, 16),
+        (2, None, 3008, 2048, 256),
+        (1, "fp8", 3008, 2048, 256),
+        (2, "fp8", 3008, 2048, 256),
+        (2, "bitsandbytes", 3008, 2048, 256),
+        (2, "bitsandbytes", 1504, 2048, 256),
+        (2, "bitsandbytes", 1024, 2048, 256),
+    ]
+    # 15 % less cache every time, and from the third on a quarter of the requests at once, down to 64.
+    caches = [rung.kv_cache_memory_bytes or 0 for rung in rungs]
+    assert all(after == pytest.approx(0.85 * before, rel=0.001) for before, after in itertools.pairwise(caches))
+    assert [rung.submit_batch for rung in rungs] == [8192, 8192, 2048, 512, 128, 64, 64, 64, 64, 64]
 
 
 # --- what was measured ---------------------------------------------------------------------------------------------
@@ -623,6 +714,8 @@ def test_quantization_that_was_asked_for_holds_on_every_rung_and_marks_the_score
     assert (lever.lever, lever.after, lever.changes_scores) == ("quantization", "bitsandbytes", True)
     assert len(plan.ladder) > 1
     assert {rung.settings.quantization for rung in plan.ladder} == {"bitsandbytes"}
+    # 70 billion parameters in one byte each do not fit, and are not put into half a byte instead.
+    assert not planned("Llama-3.1-70B", gpu(48), asked=ModelConfig(path="m", quantization="fp8")).fits
 
 
 def test_a_policy_that_begins_with_quantization_leaves_quantized_checkpoints_as_they_are() -> None:

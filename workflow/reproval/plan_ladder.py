@@ -218,8 +218,8 @@ def ladder_of(case: Case, plan: Settled, levers: list[PulledLever], groups: list
     """The plan, then ever more frugal settings; the first of `groups` begins with the plan's own candidate.
 
     A restart costs a minute, so a rung is a big step: first a smaller cache alone, then the frugal settings, then the
-    most frugal ones, then more GPUs, and last what changes scores. Every rung shrinks the cache and the batch of
-    requests that is submitted, and has a smaller predicted peak than the one before.
+    most frugal ones, then more GPUs, and last what changes scores. Every rung shrinks the cache, all but the first the
+    batch of requests that is submitted too, and each has a smaller predicted peak than the one before.
     """
     rungs = [Rung(settings=plan.settings, levers=levers, predicted=plan.predicted)]
     last = plan
