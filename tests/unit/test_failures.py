@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from reproval.failures import classify, message_of, patterns, phase_after
-from reproval.records import FailureClass, Phase
+from reproval.failures import answers, classify, message_of, patterns, phase_after
+from reproval.records import EngineSettings, FailureClass, Phase
 
 # What the engine logs on its way up on a GPU (texts of vLLM 0.32.0), by the phase that each line begins.
 CORE, WORKER = "(EngineCore pid=7) ", "(Worker_TP0 pid=9) "
@@ -171,6 +172,17 @@ def test_another_rank_that_is_further_does_not_mislead() -> None:
     )
 
 
+def test_another_rank_that_goes_on_does_not_hide_the_cause() -> None:
+    lines = [*up_to("profile"), *traceback("determine_available_memory"), LOG["kv_cache"], LOG["capture"], *PARENT]
+    assert failed(lines, "capture") == "no_kv_room"
+    # Without frames, what counts is how far the log had come at that line.
+    assert failed([*up_to("profile"), f"{WORKER}{ERROR}{OOM}", LOG["capture"], *PARENT], "capture") == "no_kv_room"
+
+
+def test_tasks_that_the_events_told_of_count_though_the_log_has_no_line_of_it() -> None:
+    assert failed([*up_to("weights"), f"{WORKER}{ERROR}{OOM}", *DEAD], "tasks") == "running"
+
+
 def test_the_collapse_after_the_cause_does_not_replace_it() -> None:
     lines = [
         *up_to("kv_cache"),
@@ -206,6 +218,13 @@ def test_a_sigkill_without_a_traceback_is_the_hosts_memory(returncode: int | Non
     assert classify(up_to("weights"), returncode, signal, False, "weights")[0] == "host_memory"
     assert classify([*up_to("tasks"), *traceback("execute_model")], returncode, signal, False, "tasks")[0] == "running"
     assert classify(["ValueError: bad task"], returncode, signal, False, "start")[0] == "not_memory"
+
+
+def test_an_engine_that_vanished_was_killed_though_its_parents_have_words_for_it() -> None:
+    vanished = "RuntimeError: engine core exited unexpectedly"
+    assert failed([*up_to("tasks"), vanished, *DEAD], "tasks") == "host_memory"
+    assert classify([*up_to("tasks"), *DEAD], None, 9, False, "tasks")[0] == "host_memory"
+    assert failed([*up_to("tasks"), "KeyError: 'acc'", vanished, *DEAD], "tasks") == "not_memory"
 
 
 def test_a_kill_by_the_kernel_explains_a_dead_engine_but_not_a_full_gpu() -> None:
@@ -248,6 +267,70 @@ def test_an_error_of_ones_own_is_told_rather_than_the_parents_words() -> None:
 )
 def test_a_message_is_the_line_without_its_prefix(line: str) -> None:
     assert message_of(line) == "ValueError: x"
+
+
+# --- what can help -------------------------------------------------------------------------------------------------
+
+CHOSEN = EngineSettings(
+    dtype="float32",
+    max_model_len=4096,
+    max_num_batched_tokens=8192,
+    max_num_seqs=256,
+    gpu_memory_utilization=0.8,
+    enforce_eager=False,
+    submit_batch=1000,
+)
+GIVEN = CHOSEN.model_copy(update={"gpu_memory_utilization": None, "kv_cache_memory_bytes": 2**30})
+WHILE_STARTING = {"no_kv_room", "kv_below_one_request"}
+"""Classes whose cache is what the rest leaves of the memory: whatever takes less leaves more."""
+
+
+@pytest.mark.parametrize(
+    ("before", "change", "helps"),
+    [
+        (CHOSEN, {"tensor_parallel_size": 2}, {"weights_too_big", "running"} | WHILE_STARTING),
+        (CHOSEN, {"quantization": "fp8"}, {"weights_too_big", "running"} | WHILE_STARTING),
+        (CHOSEN, {"dtype": "bfloat16"}, {"weights_too_big", "running"} | WHILE_STARTING),
+        (CHOSEN, {"max_num_batched_tokens": 2048}, {"running"} | WHILE_STARTING),
+        (CHOSEN, {"max_num_seqs": 64}, {"running"} | WHILE_STARTING),
+        (CHOSEN, {"enforce_eager": True}, {"graph_capture"} | WHILE_STARTING),
+        (CHOSEN, {"gpu_memory_utilization": 0.9}, WHILE_STARTING),
+        (CHOSEN, {"gpu_memory_utilization": 0.7}, {"running"}),
+        (CHOSEN, {"max_model_len": 2048}, {"running", "kv_below_one_request"}),
+        (CHOSEN, {"kv_cache_dtype": "fp8"}, {"kv_below_one_request"}),
+        (CHOSEN, {"submit_batch": 250}, {"host_memory"}),
+        (GIVEN, {"kv_cache_memory_bytes": 2**29}, {"running", "no_kv_room"}),
+        (GIVEN, {"kv_cache_memory_bytes": 2**31}, {"kv_below_one_request"}),
+        # More of anything but GPUs and cache, a dtype of as many bytes, or graphs instead of none: never.
+        (CHOSEN, {"max_num_batched_tokens": 16384, "max_num_seqs": 512, "max_model_len": 8192}, set()),
+        (CHOSEN, {"submit_batch": 4000}, set()),
+        (CHOSEN.model_copy(update={"dtype": "float16"}), {"dtype": "bfloat16"}, set()),
+        (CHOSEN.model_copy(update={"tensor_parallel_size": 2}), {"tensor_parallel_size": 1}, set()),
+        (CHOSEN, {}, set()),
+    ],
+    ids=str,
+)
+def test_what_can_help_against_a_failure(before: EngineSettings, change: dict[str, Any], helps: set[str]) -> None:
+    after = before.model_copy(update=change)
+    classes = ("weights_too_big", "no_kv_room", "kv_below_one_request", "graph_capture", "running", "host_memory")
+    assert {each for each in classes if answers(each, before, after, on_cpu=False)} == helps
+
+
+def test_of_eager_settings_those_that_stay_eager_answer_nothing() -> None:
+    eager = CHOSEN.model_copy(update={"enforce_eager": True})
+    assert not answers("no_kv_room", eager, eager.model_copy(update={"submit_batch": 1}), on_cpu=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"submit_batch": 250}, {"max_num_batched_tokens": 2048}, {"max_num_seqs": 64}, {"max_model_len": 2048},
+     {"kv_cache_memory_bytes": 2**29}, {"quantization": "fp8"}, {"dtype": "bfloat16"}],
+    ids=str,
+)  # fmt: skip
+def test_on_a_cpu_whatever_shrinks_the_engine_helps_the_host(change: dict[str, Any]) -> None:
+    after = GIVEN.model_copy(update=change)
+    assert answers("host_memory", GIVEN, after, on_cpu=True)
+    assert answers("host_memory", GIVEN, after, on_cpu=False) == (change == {"submit_batch": 250})
 
 
 def test_every_class_of_memory_has_an_answer() -> None:
