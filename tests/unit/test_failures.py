@@ -108,6 +108,11 @@ TEXTS: list[tuple[str, FailureClass]] = [
         "graph_capture",
     ),
     ("RuntimeError: [enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory", "host_memory"),
+    (
+        "RuntimeError: [enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you tried to "
+        "allocate 68719476736 bytes.",
+        "host_memory",
+    ),
     ("OSError: [Errno 12] Cannot allocate memory", "host_memory"),
     ("MemoryError", "host_memory"),
     ("numpy._core._exceptions._ArrayMemoryError: Unable to allocate 9 GiB", "host_memory"),
@@ -121,6 +126,7 @@ TEXTS: list[tuple[str, FailureClass]] = [
         "triton.runtime.errors.OutOfResources: out of resource: shared memory, Required: 163840, Hardware limit: 1",
         "not_memory",
     ),
+    ("torch._inductor.exc.InductorError: OutOfResources: out of resources: threads, Required: 2048", "not_memory"),
 ]
 
 
@@ -142,7 +148,16 @@ def test_a_text_that_names_its_cause_wins_over_its_parents(text: str, expected: 
     ],
 )
 @pytest.mark.parametrize(
-    "text", [OOM, "torch.AcceleratorError: CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"]
+    "text",
+    [
+        OOM,
+        "torch.OutOfMemoryError",
+        "torch.AcceleratorError: CUDA error: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "RuntimeError: cudaErrorMemoryAllocation: out of memory",
+        "Cuda failure 2 'out of memory'",
+        "Cuda failure 'out of memory'",
+    ],
 )
 def test_memory_that_ends_is_classed_by_how_far_the_log_came(phase: Phase, expected: FailureClass, text: str) -> None:
     assert failed([*up_to(phase), f"{WORKER}{ERROR}{text}", *PARENT], phase) == expected
@@ -153,17 +168,20 @@ def test_memory_that_ends_is_classed_by_how_far_the_log_came(phase: Phase, expec
     [
         (["init_device"], "gpu_busy"),
         (["load_model", "create_weights"], "weights_too_big"),
-        (["determine_available_memory", "profile_run", "_dummy_run"], "no_kv_room"),
+        (["determine_available_memory"], "no_kv_room"),
+        (["profile_run", "_dummy_run"], "no_kv_room"),
         (["determine_available_memory", "profile_cudagraph_memory", "capture_model"], "graph_capture"),
         (["initialize_from_config", "initialize_kv_cache"], "no_kv_room"),
         (["initialize_from_config", "compile_or_warm_up_model", "capture_model", "_dummy_run"], "graph_capture"),
         (["compile_or_warm_up_model", "_dummy_sampler_run"], "running"),
         (["compile_or_warm_up_model", "warmup_kernels", "execute_model"], "running"),
         (["run_busy_loop", "execute_model", "_get_prompt_logprobs_dict"], "running"),
+        (["run_busy_loop", "sample_tokens"], "running"),
     ],
 )
 def test_the_innermost_known_frame_decides_before_the_phase(functions: list[str], expected: FailureClass) -> None:
-    assert failed([*up_to("profile"), *traceback(*functions), *PARENT], "profile") == expected
+    phases: tuple[Phase, ...] = ("start", "weights", "kv_cache")
+    assert {failed([*up_to(phase), *traceback(*functions), *PARENT], phase) for phase in phases} == {expected}
 
 
 def test_another_rank_that_is_further_does_not_mislead() -> None:
