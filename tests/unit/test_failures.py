@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from reproval.failures import answers, classify, message_of, patterns, phase_after
+from reproval.failures import answers, classify, is_fatal, message_of, patterns, phase_after
 from reproval.records import EngineSettings, FailureClass, Phase
 
 # What the engine logs on its way up on a GPU (texts of vLLM 0.32.0), by the phase that each line begins.
@@ -106,6 +106,11 @@ TEXTS: list[tuple[str, FailureClass]] = [
         "Mamba cache block, so CUDA graph capture cannot proceed. Please lower max_num_seqs to at most 97 or increase "
         "gpu_memory_utilization.",
         "graph_capture",
+    ),
+    (
+        "ValueError: Available memory on node 0 (3.1/15.6 GiB) on startup is less than desired CPU memory utilization "
+        "(0.92, 14.4 GiB). On the CPU backend, the `--gpu-memory-utilization` flag controls the fraction of CPU memory",
+        "host_memory",
     ),
     ("RuntimeError: [enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory", "host_memory"),
     (
@@ -224,6 +229,17 @@ def test_a_failure_that_the_engine_survived_is_not_the_cause() -> None:
     assert classify(lines, 1, None, False, "tasks") == ("not_memory", "KeyError: 'acc' (exit code 1)")
 
 
+@pytest.mark.parametrize(
+    "after",
+    [
+        "Worker proc VllmWorker-1 died unexpectedly (exit code: -9), shutting down executor.",
+        "Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': -9}",
+    ],
+)
+def test_a_worker_that_is_killed_after_the_cause_is_not_the_cause(after: str) -> None:
+    assert failed([*up_to("profile"), *traceback("profile_run"), f"{ERROR}{after}", *PARENT]) == "no_kv_room"
+
+
 def test_of_two_causes_the_last_counts() -> None:
     assert failed([TEXTS[0][0], NO_ROOM, *PARENT]) == "no_kv_room"
 
@@ -272,6 +288,35 @@ def test_an_error_of_ones_own_is_told_rather_than_the_parents_words() -> None:
     )
     assert "Engine core initialization failed" in classify(PARENT, 1, None, False, "start")[1]
     assert classify([], 3, None, False, "start") == ("not_memory", "exit code 3, and nothing in the log says why")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace (above) for the",
+        "Exception: WorkerProc initialization failed due to an exception in a background process. See stack trace",
+        "RuntimeError: Worker failed with error 'Unrecognized', please check the stack trace above for the root cause",
+    ],
+)
+def test_what_a_parent_says_of_its_child_is_not_the_message(words: str) -> None:
+    lines = [f"{CORE}{ERROR}ValueError: Unrecognized", f"{CORE}{ERROR}{words}"]
+    assert classify(lines, 1, None, False, "start")[1] == "ValueError: Unrecognized (exit code 1)"
+
+
+@pytest.mark.parametrize(
+    ("line", "fatal"),
+    [
+        (f"{CORE}{ERROR}EngineCore failed to start.", True),
+        (f"{CORE}{ERROR}EngineCore encountered a fatal error.", True),
+        (f"{CORE}{ERROR}Worker proc VllmWorker-1 died unexpectedly (exit code: 1), shutting down executor.", True),
+        (f"{ERROR}[shutdown] MPClient: engine core exited unexpectedly; starting cleanup", True),
+        (f"{CORE}{ERROR}{OOM}", False),
+        (LOG["tasks"], False),
+    ],
+)
+def test_an_engine_is_known_to_be_gone_by_its_log(line: str, fatal: bool) -> None:
+    """From then on its child has a deadline."""
+    assert is_fatal(line) == fatal
 
 
 @pytest.mark.parametrize(
