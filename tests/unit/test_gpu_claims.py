@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -110,6 +113,40 @@ def test_waiting_is_said_once_and_ends(jobs: Jobs) -> None:
     with claimed(jobs.folder, TWO, 1, wait=wait, say=said.append) as names:
         assert names == ["0"]
     assert said == ["waiting for a GPU: of the 2 visible ones, fewer than 1 are free of other jobs"]
+
+
+def refusing(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lockf(*_: object) -> None:
+        raise OSError(number, "as the file system says")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_without_locks_the_first_gpus_are_taken_and_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    refusing(number, monkeypatch)
+    said: list[str] = []
+    with claimed(tmp_path, TWO, 1, wait=give_up, say=said.append) as names:
+        assert names == ["0"]
+    [line] = said
+    assert "without locks" in line
+
+
+def test_a_folder_that_cannot_be_locked_for_another_reason_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing(errno.EIO, monkeypatch)
+    with pytest.raises(OSError, match="as the file system says"), claimed(tmp_path, TWO, 1, wait=give_up):
+        pass
+
+
+def test_another_host_of_the_same_folder_has_gpus_of_its_own(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locks reach over a network file system, GPUs do not."""
+    jobs.start(count=2)
+    monkeypatch.setattr(socket, "gethostname", lambda: "another")
+    assert claim(jobs, count=2) == ["0", "1"]
 
 
 def test_more_than_there_are_is_refused(tmp_path: Path) -> None:
