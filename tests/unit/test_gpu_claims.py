@@ -115,6 +115,15 @@ def test_waiting_is_said_once_and_ends(jobs: Jobs) -> None:
     assert said == ["waiting for a GPU: of the 2 visible ones, fewer than 1 are free of other jobs"]
 
 
+def test_a_gpu_is_known_by_its_uuid_whatever_a_job_calls_it(jobs: Jobs) -> None:
+    """As where two jobs see different GPUs of a machine, and each calls its first one 0."""
+    jobs.start(count=2)
+    with pytest.raises(GaveUp), claimed(jobs.folder, {"7": "GPU-a"}, 1, wait=give_up, say=lambda _: None):
+        pass
+    with claimed(jobs.folder, {"0": "GPU-c"}, 1, wait=give_up, say=lambda _: None) as names:
+        assert names == ["0"]
+
+
 def refusing(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def lockf(*_: object) -> None:
         raise OSError(number, "as the file system says")
