@@ -1,5 +1,6 @@
 """Files that other stages rely on are whole or not there, and one value has one hash."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -8,14 +9,27 @@ from reproval import files
 from reproval.records import Attempts
 
 
-def test_a_failed_write_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_a_failed_write_leaves_the_old_content_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "record.json"
     path.write_text("old")
-    with pytest.raises(RuntimeError), files.atomic(path) as stream:
+    with pytest.raises(error), files.atomic(path) as stream:
         stream.write("half of the new")
-        raise RuntimeError
+        raise error
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_who_write_one_file_at_once_do_not_mix(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "record.json"
+    with files.atomic(path) as first:
+        first.write("first, ")
+        with files.atomic(path) as second:
+            second.write("second")
+        assert path.read_text() == "second"
+        first.write("whole")
+    assert path.read_text() == "first, whole"
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_written_file_has_the_usual_permissions(tmp_path: Path) -> None:
@@ -45,6 +59,22 @@ def test_a_record_that_is_not_one_is_refused_with_file_and_key(tmp_path: Path, t
         files.read_record(path, Attempts)
     assert str(path) in str(caught.value)
     assert said in str(caught.value)
+
+
+def test_a_folder_in_place_of_a_record_is_refused_as_one_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(files.RecordError, match="cannot be read"):
+        files.read_record(tmp_path, Attempts)
+
+
+def test_a_hash_stays_what_it_was() -> None:
+    """Results and counts are kept under such hashes. By sha256sum, of {"a":"ä","b":[1.5,null]} in UTF-8."""
+    found = files.sha256_json({"b": [1.5, None], "a": "ä"})
+    assert found == "257067c9edee6e3eb029b5c8ac603b2003567acdce6ac42441acc551705ffd6f"
+
+
+def test_where_nothing_can_be_written_there_is_no_file_time(tmp_path: Path) -> None:
+    assert files.file_time(tmp_path / "absent") is None
+    assert abs((files.file_time(tmp_path) or 0) - time.time()) < 60
 
 
 def test_one_value_has_one_hash_whatever_the_order_of_its_keys() -> None:

@@ -13,8 +13,8 @@ from examples import UNIT, engine_settings, model_facts, provenance_record, run_
 
 from reproval import keep
 from reproval.files import sha256_file, sha256_json, write_record
-from reproval.records import Facts, UnitResult
-from reproval.settings import TaskSettings
+from reproval.records import Facts, Hardware, UnitResult
+from reproval.settings import ModelConfig, TaskSettings
 
 
 def facts(**changes: Any) -> Facts:
@@ -59,6 +59,8 @@ def test_what_decides_scores_is_in_the_key_and_what_does_not_is_not() -> None:
     base = keep.made_of(UNIT, run_file(), facts(), engine_settings())
     zero_shot = UNIT.model_copy(update={"settings": TaskSettings(num_fewshot=0)})
     other_files = UNIT.model_copy(update={"include_sha256": "2" * 64})
+    on_gpu = Hardware(gpus=1, gpu_memory_bytes=80 * 2**30, host_memory_bytes=2**33, cpus=2)
+    own_code = run_file().run.model_copy(update={"model": ModelConfig(path="m", trust_remote_code=True)})
     other_prompts = facts(tasks=[task_facts(suite="core", unit="arc", task="arc", task_hash="2" * 64)])
     different = [
         keep.made_of(UNIT, run_file(), facts(model_digest="2" * 64), engine_settings()),
@@ -72,11 +74,37 @@ def test_what_decides_scores_is_in_the_key_and_what_does_not_is_not() -> None:
         keep.made_of(UNIT, run_file(), facts(), engine_settings(max_model_len=128)),
         keep.made_of(zero_shot, run_file(), facts(), engine_settings()),
         keep.made_of(other_files, run_file(), facts(), engine_settings()),
+        keep.made_of(UNIT, run_file(hardware=on_gpu), facts(), engine_settings()),
+        keep.made_of(UNIT, run_file(run=own_code), facts(), engine_settings()),
+        keep.made_of(UNIT, run_file(), facts(), engine_settings(seed=1)),
+        *(
+            keep.made_of(
+                UNIT.model_copy(update={name: "other"}),
+                run_file(),
+                facts(tasks=[task_facts(**{"suite": "core", "unit": "arc"} | {place: "other"})]),
+                engine_settings(),
+            )
+            for name, place in (("suite", "suite"), ("task", "unit"))
+        ),
     ]
     keys = {sha256_json(made) for made in [base, *different]}
     assert len(keys) == len(different) + 1
     neutral = engine_settings(max_num_batched_tokens=64, max_num_seqs=1, enforce_eager=False, submit_batch=7)
     assert keep.made_of(UNIT, run_file(policy="published"), facts(), neutral) == base
+
+
+def test_what_other_units_ask_has_no_part_in_a_unit_s_key() -> None:
+    """A configuration that grew by a task, or a suite with the same task under another setting, finds what is done."""
+    own = task_facts(suite="core", unit="arc", task="arc")
+    grown = facts(tasks=[own, task_facts(suite="core", unit="new", task="new"), task_facts(suite="more", unit="arc")])
+    assert keep.made_of(UNIT, run_file(), grown, engine_settings()) == keep.made_of(
+        UNIT, run_file(), facts(tasks=[own]), engine_settings()
+    )
+
+
+def test_results_of_different_making_have_folders_of_their_own(tmp_path: Path) -> None:
+    one, two = (keep.unit_folder(tmp_path, "m", UNIT, sha256_json({"a": n})) for n in (1, 2))
+    assert one != two
 
 
 def test_a_whole_result_of_the_same_making_is_found(tmp_path: Path) -> None:
@@ -97,6 +125,13 @@ def test_a_damaged_result_is_not_found_and_is_replaced(tmp_path: Path, name: str
     assert keep.find(folder, key) is None
     assert write_result(folder, {"a": 1}) == key
     assert keep.find(folder, key) is not None
+
+
+@pytest.mark.parametrize("name", [keep.RESULT, keep.SAMPLES])
+def test_a_result_of_which_a_file_is_gone_is_not_found(tmp_path: Path, name: str) -> None:
+    key = write_result(tmp_path / "unit", {"a": 1})
+    (tmp_path / "unit" / name).unlink()
+    assert keep.find(tmp_path / "unit", key) is None
 
 
 def test_a_result_moved_under_another_key_is_not_taken_for_it(tmp_path: Path) -> None:
