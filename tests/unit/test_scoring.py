@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -81,6 +82,7 @@ def solve(spans: dict[int, Span], read: Read, block: int, width: int = 20) -> tu
     for request in requests:
         for ids in (request.final, *request.others.values()):
             assert len(set(ids)) == len(ids), "asked twice"
+        assert request.row_ids().shape[1] <= width, "more ids of a row than the engine gives"
         answer = engine.answer(request, read)
         assert answer is not None, "a prefix hit reached past a row that was wanted"
         for part in request.slices:
@@ -131,7 +133,11 @@ def test_long_choices_are_one_request_each_even_at_a_block_boundary() -> None:
     assert solve(spans, "mixed", BLOCK)[1] == 4
     # With prompt_logprobs one more request gives all first tokens at the boundary.
     assert solve(spans, "prompt_logprobs", BLOCK)[1] == 5
-    assert solve({i: span([1] * 5, s.tokens.tolist()[4:]) for i, s in spans.items()}, "prompt_logprobs", BLOCK)[1] == 4
+    # Beside a boundary, and without a prefix cache, each has its own row before the parting.
+    beside = {index: span([1] * (BLOCK + 1), one.tokens.tolist()[BLOCK:]) for index, one in spans.items()}
+    assert solve(beside, "prompt_logprobs", BLOCK)[1] == 4
+    assert solve(spans, "prompt_logprobs", 0)[1] == 4
+    assert solve(beside, "token_ids", BLOCK, width=1)[1] == 4
 
 
 def test_only_requests_at_a_block_boundary_answer_for_others_when_mixed() -> None:
@@ -146,6 +152,9 @@ def test_computed_tokens_leaves_out_what_the_cache_gives() -> None:
     # Prompts of 12 tokens; the second finds two blocks of 4.
     assert computed_tokens(spans, arrange(spans), 4) == (12 + 4) / 2
     assert computed_tokens(spans, arrange(spans), 0) == 12
+    # Choices of one token are one request.
+    letters = {index: span([1] * 10, [letter]) for index, letter in enumerate([7, 8, 9, 10])}
+    assert computed_tokens(letters, arrange(letters), 1) == 10
 
 
 def test_a_choice_that_begins_another_needs_no_request_of_its_own() -> None:
@@ -204,6 +213,20 @@ def test_a_token_that_is_not_on_top_decides_although_others_are_unknown(
     for part in order(request.slices):
         pending.fill(request, part, Answer(np.array([[-1.0]]), None, [-5.0], -0.1))
     assert pending.result() == (-6.0, False)
+    # One that is on top does not.
+    unknown = Pending.of(one)
+    for part in order(request.slices):
+        unknown.fill(request, part, Answer(np.array([[-1.0]]), None, [-0.1], -0.1))
+    assert unknown.result() == (-1.1, None)
+
+
+def test_a_single_token_that_is_the_most_likely_one_is_greedy() -> None:
+    one = span([1, 2], [3])
+    (request,) = plan({0: one}, arrange({0: one}), "prompt_logprobs", BLOCK, 20)
+    for value, greedy in ((-0.1, True), (-0.2, False)):
+        pending = Pending.of(one)
+        pending.fill(request, request.slices[0], Answer(np.empty((0, 1)), None, [value], -0.1))
+        assert pending.result() == (value, greedy)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +237,8 @@ def test_a_token_that_is_not_on_top_decides_although_others_are_unknown(
         ([1], [2, 3, 4, 5, 6], ([2, 3, 4, 5, 6], 0, True)),
         # lm-eval's negative ctxlen: 5 - 7 = -2, so the last two tokens are scored.
         ([1], [2, 3, 4, 5, 6, 7, 8], ([4, 5, 6, 7, 8], 3, True)),
+        # 1 - 8 = -7 of five tokens: all of them.
+        ([1], [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13], ([9, 10, 11, 12, 13], 0, True)),
     ],
 )
 def test_cut_left_is_lm_evals(
@@ -257,7 +282,37 @@ def test_another_key_finds_nothing_even_in_a_renamed_file(tmp_path: Path) -> Non
 def test_digests_do_not_run_together(tmp_path: Path) -> None:
     cache = RequestCache(tmp_path, "A")
     assert cache.digest("x", b"ab", b"c") != cache.digest("x", b"a", b"bc")
+    assert cache.digest("loglikelihood", b"ab") != cache.digest("generate_until", b"ab")
+    assert cache.digest("x", b"ab") != RequestCache(tmp_path, "B").digest("x", b"ab")
+
+
+def test_an_answer_is_there_for_the_next_request_that_is_equal(tmp_path: Path) -> None:
+    cache = RequestCache(tmp_path, "A")
+    cache.put(cache.digest("x", b"1"), [-1.5, True])
+    assert cache.get(cache.digest("x", b"1")) == [-1.5, True]
+    assert len(cache) == 1
     cache.close()
+
+
+def test_answers_go_to_the_disk_every_few_seconds_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that dies may cost what was answered in the last five seconds."""
+    synced: list[int] = []
+    now = [0.0]
+    monkeypatch.setattr(os, "fsync", lambda stream: synced.append(os.fstat(stream).st_size))
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    cache = RequestCache(tmp_path, "A")
+    sizes = []
+    for second in range(12):
+        now[0] = float(second)
+        cache.put(cache.digest("x", bytes([second])), second)
+        cache.flush()
+        sizes.append(cache.path.stat().st_size)
+    assert synced == [sizes[6]]
+    cache.put(cache.digest("x", b"last"), "last")
+    cache.close()
+    assert synced == [sizes[6], cache.path.stat().st_size]
 
 
 @pytest.mark.parametrize("keep", [1, 20, 60])

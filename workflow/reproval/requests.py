@@ -81,7 +81,7 @@ class PlannedRequest:
 
     def row_ids(self) -> Tokens:
         """Ids to score, [rows, widest row], padded with -1."""
-        width = 1 + max((len(ids) for row, ids in self.others.items() if row >= self.start), default=0)
+        width = 1 + max(map(len, self.others.values()), default=0)
         ids = np.full((self.rows, width), -1, dtype=np.int32)
         ids[:, 0] = self.prompt[self.start + 1 :]
         for row, others in self.others.items():
