@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,9 @@ def test_a_number_is_taken_as_it_is_unless_there_is_less_to_divide() -> None:
     assert shards.count(3, plan(1), facts(10, 50)) == 3
     assert shards.count(80, plan(1), facts(10, 50)) == 50
     assert shards.count(3, plan(1), facts()) == 1
+    # The subtasks of an entry are divided together.
+    group = [task_facts(unit="group", task=f"t{n}", documents=10) for n in range(3)]
+    assert shards.count(80, plan(1), facts().model_copy(update={"tasks": group})) == 30
 
 
 # --- which -----------------------------------------------------------------------------------------------------------
@@ -147,12 +151,30 @@ def test_a_long_answer_costs_what_it_may_generate() -> None:
     assert 4 <= places[:10].count(0) <= 6
 
 
+def test_many_choices_of_one_question_and_long_ones_cost_what_they_score() -> None:
+    choices = [("z: which?", f"{n:400}") for n in range(100)]
+    others = [(f"a{n:03}: which?", f"{n:400}") for n in range(100)]
+    places = shards.assign("loglikelihood", others + choices, 2)
+    assert places[100:] == [1] * 100
+    assert places[:100].count(0) >= 80
+
+
+def test_what_contexts_share_is_counted_once() -> None:
+    """A hundred questions after the same examples cost less than ten after examples of their own."""
+    same = [("a" * 8000 + str(n), " yes") for n in range(100)]
+    own = [(f"b{n}" + "c" * 8000, " yes") for n in range(10)]
+    assert set(shards.assign("loglikelihood", same + own, 2)[:100]) == {0}
+
+
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-def test_answers_come_back_bit_for_bit_and_the_same_answers_make_the_same_bytes(tmp_path: Path) -> None:
+def test_answers_come_back_bit_for_bit_and_the_same_answers_make_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answers: shards.Answers = {"k": {"a": [[-0.1 + 1e-17, True]], "b": ["é\n", "second draw"], "c": [-math.inf]}}
-    for name in ("one", "two"):
+    for year, name in enumerate(("one", "two")):
+        monkeypatch.setattr(time, "time", lambda now=year * 3e7: now)
         shards.write_answers(tmp_path / name, answers)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     assert {name: values for _, name, values in shards.read_answers(tmp_path / "one")} == answers["k"]
@@ -162,6 +184,9 @@ def test_a_request_is_named_by_all_of_its_arguments() -> None:
     told: list[tuple[str, tuple[Any, ...]]] = [
         ("loglikelihood", ("a", "b")),
         ("loglikelihood", ("ab", "")),
+        ("loglikelihood", ("a",)),
+        # Half of a character, which broken data sets have.
+        ("loglikelihood_rolling", ("\ud83d",)),
         ("generate_until", ("a", {"until": ["x"]})),
         ("generate_until", ("a", {"until": ["y"]})),
         ("loglikelihood_rolling", ("a",)),

@@ -125,7 +125,7 @@ def assign(kind: str, requests: Sequence[Sequence[Any]], shards: int) -> list[in
 def request_name(kind: str, arguments: Sequence[Any]) -> str:
     """32 hex digits that stand for a request as lm-eval makes it, whatever model and settings answer it."""
     told = json.dumps([kind, *arguments], sort_keys=True, default=repr)
-    return sha256_bytes(told.encode("utf-8", "surrogatepass"))[:32]
+    return sha256_bytes(told.encode("ascii"))[:32]
 
 
 Answers = dict[str, dict[str, list[Any]]]
