@@ -10,13 +10,15 @@ import math
 from reproval.memory_model import Work, cache_bytes_per_token, request_cache_bytes, weights_bytes
 from reproval.records import EngineSettings, Hardware, ModelFacts, TimeEstimate
 
-# Dense 16-bit floating point operations and memory bandwidth of one GPU, by a part of its name (vendors' data sheets).
+# Dense 16-bit floating point operations and memory bandwidth of one GPU, by a part of its name (vendors' data sheets);
+# a name within another comes after it.
 _GPUS: list[tuple[str, float, float]] = [
     ("B200", 2250e12, 8.0e12),
     ("H200", 989e12, 4.8e12),
     ("H100", 989e12, 3.35e12),
     ("A100", 312e12, 2.0e12),
     ("L40S", 362e12, 0.864e12),
+    ("L40", 181e12, 0.864e12),
     ("A10", 125e12, 0.6e12),
     ("L4", 121e12, 0.3e12),
     ("4090", 165e12, 1.0e12),
