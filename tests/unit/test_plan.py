@@ -319,6 +319,22 @@ def test_neutral_levers_are_pulled_in_the_documented_order() -> None:
         (512, 32, True),
         (512, 16, True),
     ]
+    # A policy may begin anywhere. No step goes below the last ones, and none has more requests than tokens.
+    odd = first.model_copy(update={"max_num_batched_tokens": 3000, "max_num_seqs": 3000})
+    found = list(neutral_steps(case("Qwen3-14B", gpu(80), TIERS.policies["auto"], TierRule()), odd))
+    assert [step.max_num_batched_tokens for step in found[:2]] == [3000, 2048]
+    assert all(step.max_num_seqs <= step.max_num_batched_tokens for step in found)
+    assert (found[-1].max_num_batched_tokens, found[-1].max_num_seqs) == (512, 16)
+
+
+def test_of_several_utilizations_only_the_first_is_taken_where_it_is_no_lever_and_none_on_a_cpu() -> None:
+    content = yaml.safe_load((ROOT / "config" / "tiers.yaml").read_text())
+    content["policies"]["published"]["neutral_levers"].remove("gpu_memory_utilization")
+    plan = planned("Meta-Llama-3-8B", H100, policy="published", tiers=Tiers.model_validate(content))
+    assert [rung.settings.gpu_memory_utilization for rung in plan.ladder] == [0.8]
+    host = Hardware(gpus=0, host_memory_bytes=128 * GIB, cpus=8)
+    on_cpu = planned("Meta-Llama-3-8B", host, policy="published")
+    assert [rung.settings.gpu_memory_utilization for rung in on_cpu.ladder] == [None]
 
 
 def test_score_changing_levers_are_pulled_in_the_policy_s_order_each_on_fewer_gpus_first() -> None:
@@ -344,8 +360,10 @@ def test_score_changing_levers_are_pulled_in_the_policy_s_order_each_on_fewer_gp
     ]
 
 
-def test_nothing_is_quantized_on_a_cpu() -> None:
+def test_nothing_is_quantized_on_a_cpu_or_twice() -> None:
     rule = TierRule(score_levers=["quantization", "kv_cache_dtype"])
+    stored = case("Meta-Llama-3.1-70B-Instruct-quantized.w4a16", gpu(24), TIERS.policies["auto"], rule)
+    assert {step.quantization for step in groups_of(stored, stock(4096))} == {None}
     host = Hardware(gpus=0, host_memory_bytes=16 * GIB, cpus=2)
     assert len(list(groups_of(case("Qwen3-14B", host, TIERS.policies["auto"], rule), stock(4096)))) == 1
 
@@ -651,17 +669,36 @@ def test_blocks_on_a_cpu_have_128_tokens() -> None:
     assert rung.predicted.kv_cache_bytes == 4 * 128 * cache_bytes_per_token(facts("SmolLM2-135M"), "bfloat16")
 
 
+@pytest.mark.parametrize("policy", ["auto", "published"])
 @pytest.mark.parametrize("gib", SIZES)
-def test_every_model_gets_a_cache_that_vllm_starts_with(gib: int) -> None:
+def test_every_model_gets_a_cache_that_vllm_starts_with(gib: int, policy: str) -> None:
     """vLLM refuses fewer blocks than a full request and one more, and with graphs fewer than max_num_seqs."""
     long = task("generate_until", requests=20_000, context=500, continuation=0, generated=256, longest=800)
     for name, work in itertools.product(NAMES, (CHOICES, ANSWERS, long)):
-        for rung in planned(name, gpu(gib, 2), [work]).ladder:
+        for rung in planned(name, gpu(gib, 2), [work], policy).ladder:
             chosen = rung.settings
             pool = cache_pool(facts(name), chosen)
             blocks = rung.predicted.kv_cache_bytes // pool.block_bytes
             assert blocks > pool.request_blocks(chosen, chosen.max_model_len)
             assert chosen.enforce_eager or not pool.state_blocks or blocks >= chosen.max_num_seqs
+
+
+@pytest.mark.parametrize("requests", [100, 3000])
+def test_the_cache_is_as_large_as_the_largest_task_can_fill_and_no_larger(requests: int) -> None:
+    """500 tokens and 256 new ones take 48 blocks of 16."""
+    answers = task("generate_until", requests, 500, 0, generated=256, longest=756, shared=0)
+    rung = planned("Qwen3-0.6B", gpu(2000), [answers, task(requests=10, longest=756)]).ladder[0]
+    block = 16 * cache_bytes_per_token(facts("Qwen3-0.6B"), "bfloat16")
+    assert 1 <= rung.predicted.kv_cache_bytes / (48 * requests * block) < 1.02
+
+
+def test_the_cache_holds_the_states_of_those_that_run_at_once() -> None:
+    """granite-4.0-h-tiny: 18 blocks of 3.125 MiB for a request's states, and 400 tokens of attention in a block."""
+    answers = task("generate_until", 5000, 500, 0, generated=256, longest=756, shared=0)
+    rung = planned("granite-4.0-h-tiny", gpu(2000), [answers]).ladder[0]
+    blocks = rung.predicted.kv_cache_bytes / 2**20 / 3.125
+    assert rung.settings.max_num_seqs == 1024
+    assert 1024 * (18 + 2) <= blocks <= 1024 * (18 + 2) + 5000 * 2
 
 
 # --- choices -------------------------------------------------------------------------------------------------------
@@ -690,6 +727,14 @@ def test_where_a_policy_says_nothing_vllm_s_defaults_hold(hardware: Hardware, to
 def test_on_a_cpu_no_more_is_planned_than_vllm_s_defaults_there() -> None:
     chosen = planned("SmolLM2-135M", Hardware(gpus=0, host_memory_bytes=16 * GIB, cpus=2)).ladder[0].settings
     assert (chosen.max_num_batched_tokens, chosen.max_num_seqs) == (4096, 256)
+
+
+def test_the_peak_that_a_plan_tells_of_is_the_host_s_on_a_cpu() -> None:
+    for hardware in (H100, Hardware(gpus=0, host_memory_bytes=16 * GIB, cpus=2)):
+        plan = planned("SmolLM2-135M", hardware)
+        predicted = plan.ladder[0].predicted
+        told = next(entry.value for entry in plan.reasons if entry.setting == "peak")
+        assert told == str(predicted.peak_bytes if hardware.gpus else predicted.host_bytes)
 
 
 @pytest.mark.parametrize(("requests", "sequences"), [(1, 16), (64, 64), (65, 128), (5000, 1024)])
@@ -903,6 +948,8 @@ def test_the_fewest_gpus_that_fit() -> None:
         (40, 10, 100352, 17920, [1, 2]),
         # Llama-2-13B: heads and vocabulary can be divided by 5, the width cannot.
         (40, 40, 32000, 13824, [1, 2, 4, 8]),
+        # Two KV heads are copied to four and to eight GPUs.
+        (16, 2, 151936, 8960, [1, 2, 4, 8]),
         # GPT-2: vLLM pads its 50,257 entries to 50,304, which 2 and 3 divide.
         (12, 12, 50257, 3072, [1, 2, 3, 4, 6]),
     ],

@@ -100,7 +100,7 @@ def divides(facts: ModelFacts, tp: int) -> bool:
         return False
     if any(size % tp for size in (facts.attention_heads, padded_vocabulary(facts), facts.intermediate_size)):
         return False
-    return facts.kv_heads == 0 or facts.kv_heads % tp == 0 or tp % facts.kv_heads == 0
+    return facts.kv_heads % tp == 0 or tp % facts.kv_heads == 0
 
 
 def neutral_steps(case: Case, first: EngineSettings) -> Iterator[EngineSettings]:
@@ -227,7 +227,7 @@ def ladder_of(case: Case, plan: Settled, levers: list[PulledLever], groups: list
     for settings in _rung_settings(groups):
         if case.allows("submit_batch") and settings is not groups[0][0]:
             fewer = max(FEWEST_SUBMITTED, last.settings.submit_batch // 4)
-            settings = settings.model_copy(update={"submit_batch": min(fewer, last.settings.submit_batch)})
+            settings = settings.model_copy(update={"submit_batch": fewer})
         settled = _smaller(case, settings, last.settings.kv_cache_memory_bytes)
         if settled is None:
             continue
