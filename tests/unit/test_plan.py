@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reproval import plan as command
-from reproval.files import write_record
+from reproval.files import read_record, write_record
 from reproval.memory_model import (
     CONTEXT_BYTES,
     GIB,
@@ -36,6 +37,7 @@ from reproval.plan_start import Case, requests_over
 from reproval.problems import ConfigError
 from reproval.records import CacheGroup, EngineSettings, Facts, Hardware, ModelFacts, Plan, TaskFacts
 from reproval.run_file import RunFile
+from reproval.seeds import engine_seed
 from reproval.settings import ModelConfig, Run
 from reproval.tiers import Policy, TierRule, Tiers, load_tiers, schema
 from reproval.time_model import estimate, gpu_speed
@@ -390,6 +392,27 @@ def test_a_ladder_has_few_and_big_steps() -> None:
     caches = [rung.kv_cache_memory_bytes or 0 for rung in rungs]
     assert all(after == pytest.approx(0.85 * before, rel=0.001) for before, after in itertools.pairwise(caches))
     assert [rung.submit_batch for rung in rungs] == [8192, 8192, 2048, 512, 128, 64, 64, 64, 64, 64]
+
+
+@pytest.mark.parametrize("gib", [11, 12, 14, 16])
+def test_no_rung_takes_back_what_the_plan_has_given_up(gib: int) -> None:
+    plan = planned("Qwen3-4B", gpu(gib))
+    chosen = plan.ladder[0].settings
+    for rung in plan.ladder:
+        assert rung.settings.max_num_batched_tokens <= chosen.max_num_batched_tokens
+        assert rung.settings.max_num_seqs <= chosen.max_num_seqs
+
+
+def test_a_rung_names_its_levers_and_the_requests_that_it_cuts() -> None:
+    shorter = [rung for rung in planned("Qwen3-14B", gpu(80, 2)).ladder if rung.settings.max_model_len < 3008]
+    for rung in shorter:
+        [lever] = [each for each in rung.levers if each.lever == "max_model_len"]
+        assert (lever.requests_cut, lever.changes_scores) == (1, True)
+    assert len(shorter) == 2
+    lower = planned("Meta-Llama-3-8B", H100, policy="published").ladder[1]
+    assert [(each.lever, each.before, each.after) for each in lower.levers] == [
+        ("gpu_memory_utilization", "0.8", "0.7")
+    ]
 
 
 # --- what was measured ---------------------------------------------------------------------------------------------
@@ -936,6 +959,9 @@ def test_float32_checkpoints_run_in_16_bit() -> None:
 def test_the_fewest_gpus_that_fit() -> None:
     assert planned("Llama-3.1-70B", gpu(80, 8)).ladder[0].settings.tensor_parallel_size == 2
     assert planned("Qwen3-4B", gpu(80, 8)).ladder[0].settings.tensor_parallel_size == 1
+    time = planned("Llama-3.1-70B", gpu(80, 8)).time
+    assert time is not None
+    assert time.gpu_hours == pytest.approx(2 * (time.engine_start_s + time.work_s) / 3600, rel=0.01)
     # 40 heads: three GPUs would not do.
     assert planned("Qwen3-14B", gpu(12, 4)).ladder[0].settings.tensor_parallel_size == 4
     assert not divides(facts("Qwen3-14B"), 3)
@@ -1079,6 +1105,50 @@ def test_a_small_model_is_planned_for_its_share_of_a_gpu_and_a_large_one_for_the
     assert large.ladder == planned("Qwen3-32B", gpu(80)).ladder
 
 
+def advised(plan: Plan, pattern: str) -> int:
+    """The number that the advice of a plan that cannot run gives."""
+    assert not plan.fits
+    found = re.search(pattern, plan.advice or "")
+    assert found, plan.advice
+    return int(found[1])
+
+
+def test_who_follows_the_advice_gets_a_plan() -> None:
+    """And who stops short of it does not."""
+    for name, work in (("SmolLM2-135M", CHOICES), ("Qwen3-4B", ANSWERS)):
+
+        def on_cpu(gib: int, name: str = name, work: TaskFacts = work) -> Plan:
+            return planned(name, Hardware(gpus=0, host_memory_bytes=gib * GIB, cpus=2), [work])
+
+        enough = advised(on_cpu(2), r"Give the job (\d+) GiB of host memory")
+        assert on_cpu(enough).fits
+        assert not on_cpu(enough - 1).fits
+
+    def beside_a_gpu(gib: int) -> Plan:
+        return planned("Qwen3-4B", gpu(80).model_copy(update={"host_memory_bytes": gib * GIB}))
+
+    enough = advised(beside_a_gpu(2), r"Give the job (\d+) GiB of host memory")
+    assert beside_a_gpu(enough).fits
+    assert not beside_a_gpu(enough - 1).fits
+    for name, gib in (("Llama-2-13b-hf", 24), ("Llama-2-13b-hf", 9), ("Mixtral-8x7B-v0.1", 10), ("Qwen3-4B", 6)):
+        content = yaml.safe_load((ROOT / "config" / "tiers.yaml").read_text())
+        content["policies"]["auto"]["tiers"] = {}
+        tiers = Tiers.model_validate(content)
+        alone = planned(name, gpu(gib), tiers=tiers)
+        enough = advised(alone, r"(\d+) such GPUs with tensor parallelism would do")
+        assert planned(name, gpu(gib, enough), tiers=tiers).fits
+        assert not planned(name, gpu(gib, enough - 1), tiers=tiers).fits
+        for method in ("fp8", "bitsandbytes"):
+            asked = planned(name, gpu(gib), tiers=tiers, asked=ModelConfig(path="m", quantization=method))
+            said = (alone.advice or "").partition("quantization (")[2].partition(")")[0]
+            assert asked.fits == (method in said)
+    # fp8 is not advised where the GPU has none, nor quantization of what is quantized.
+    assert "quantization (bitsandbytes)" in (planned("Llama-2-13b-hf", gpu(24, capability="8.0")).advice or "")
+    assert "quantization" not in (planned("Qwen2-7B-Instruct-AWQ", gpu(4)).advice or "quantization")
+    half = planned("Llama-2-13b-hf", gpu(12), asked=ModelConfig(path="m", quantization="fp8"))
+    assert "So would quantization" not in (half.advice or "So would quantization")
+
+
 def test_too_little_host_memory_is_said() -> None:
     hardware = gpu(80).model_copy(update={"host_memory_bytes": 4 * GIB})
     plan = planned("Qwen3-4B", hardware)
@@ -1110,6 +1180,7 @@ def test_golden_reasons() -> None:
         "without a lever at least 138.36 GiB would be needed and 76.00 GiB may be planned; with those pulled, the "
         "predicted peak is 76.00 GiB"
     )
+    assert texts["quantization"] == f"fp8: {lever.reason}", "not what was so before the lever was pulled"
     refused = planned("Llama-2-13b-hf", gpu(24))
     assert refused.advice == (
         "29.20 GiB would be needed on one GPU even with the most frugal score-neutral settings that the policy "
@@ -1204,6 +1275,28 @@ def files(tmp_path: Path) -> list[str]:
     write_record(tmp_path / "facts.json", record)
     return ["make", "--run", f"{tmp_path}/run.json", "--facts", f"{tmp_path}/facts.json",
             "--tiers", str(ROOT / "config" / "tiers.yaml"), "--out", f"{tmp_path}/plan.json"]  # fmt: skip
+
+
+def test_what_the_run_asks_for_reaches_the_plan(files: list[str], tmp_path: Path) -> None:
+    run = read_record(tmp_path / "run.json", RunFile)
+    asked = run.run.model_copy(update={"model": ModelConfig(path="m", dtype="float32")})
+    write_record(tmp_path / "run.json", run.model_copy(update={"run": asked, "seed": 8}))
+    assert command.main(files) == 0
+    plan = read_record(tmp_path / "plan.json", Plan)
+    assert plan.policy == "auto"
+    assert plan.ladder[0].settings.dtype == "float32"
+    assert plan.ladder[0].settings.seed == engine_seed(8) != engine_seed(7)
+    # A CPU has vLLM's V1 runner, which holds all rows of a prompt in a step: here 3,001 tokens and the rest of 4,096.
+    rows = 49_152 * (12 * 3001 + 4 * 1095)
+    assert plan.ladder[0].predicted.prompt_logprobs_bytes == rows
+    assert command.main([*files, "--policy", "published"]) == 0
+    assert read_record(tmp_path / "plan.json", Plan).policy == "published"
+
+
+def test_levers_that_change_no_score_are_not_marked() -> None:
+    shown = table([planned("Qwen3-4B", H100, policy="published")])
+    assert "enforce_eager=True" in shown
+    assert "*" not in shown
 
 
 def test_a_wrong_tiers_file_ends_with_its_problem(
