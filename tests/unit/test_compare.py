@@ -1,0 +1,181 @@
+"""Which metric stands for a task, and which models may be compared on it: what is refused, and what is tested how."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from reproval import compare, statistics
+from reproval.compare import Side
+from reproval.records import Score
+
+ALPHA = 0.05
+
+
+def side(values: Any, sizes: list[int] | None = None, score: float | None = None, weights: Any = None) -> Side:
+    """One model's values by document; the score is their mean unless it is given."""
+    found = np.asarray(values, dtype=np.float64)
+    return Side(
+        score=Score(
+            task="t",
+            metric="acc",
+            filter="none",
+            value=float(np.nanmean(found)) if score is None else score,
+            stderr=0.01,
+            n=found.size,
+            higher_is_better=True,
+            group=sizes is not None,
+        ),
+        sizes=sizes or [found.size],
+        documents=np.arange(found.size, dtype=np.uint64),
+        prompts=np.arange(found.size, dtype=np.uint64),
+        values=found,
+        weights=None if weights is None else np.asarray(weights, dtype=np.float64),
+        binary=statistics.is_binary(found[~np.isnan(found)]),
+    )
+
+
+def compared(a: Side, b: Side) -> statistics.Comparison:
+    found = compare.compare(a, b, ALPHA)
+    assert isinstance(found, statistics.Comparison), found
+    return found
+
+
+RIGHT = [1.0] * 30 + [0.0] * 10
+BETTER = [1.0] * 38 + [0.0] * 2
+LIKELIHOODS = -np.linspace(100, 300, 40)
+WORDS = np.linspace(40, 120, 40)
+PERPLEXITY = math.exp(-LIKELIHOODS.sum() / WORDS.sum())
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "said"),
+    [
+        (side(RIGHT, score=math.nan), side(BETTER), "not a number"),
+        (side(RIGHT), side(BETTER, score=math.inf), "not a number"),
+        (side(RIGHT), side(BETTER[:39]), "not the same documents: 40 and 39, 39 of them shared"),
+        (
+            side(RIGHT),
+            replace(side(BETTER), documents=np.arange(1, 41, dtype=np.uint64)),
+            "not the same documents: 40 and 40, 39 of them shared",
+        ),
+        # The same documents, of which another task has the one in the middle.
+        (side(RIGHT, [20, 20]), side(BETTER, [21, 19]), "not the same documents"),
+        (
+            side(LIKELIHOODS, score=PERPLEXITY, weights=WORDS),
+            side(LIKELIHOODS, score=PERPLEXITY, weights=WORDS + 1),
+            "different lengths",
+        ),
+        (side(LIKELIHOODS, score=PERPLEXITY, weights=WORDS), side(LIKELIHOODS), "different lengths"),
+        (side(LIKELIHOODS), side(LIKELIHOODS, score=PERPLEXITY, weights=WORDS), "different lengths"),
+        (side(RIGHT, score=0.123), side(BETTER), "not a mean of its samples"),
+        (side([0.6]), side([0.4]), "not a mean of its samples"),
+        (side([math.nan] * 3 + [1.0]), side([1.0] * 3 + [math.nan]), "not a mean of its samples"),
+        # A group whose value is no mean of its tasks, and one of perplexities.
+        (side(RIGHT, [20, 20], score=0.123), side(BETTER, [20, 20]), "not a mean of its samples"),
+        (
+            side(LIKELIHOODS, [20, 20], weights=WORDS),
+            side(LIKELIHOODS, [20, 20], weights=WORDS),
+            "not a mean of its samples",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_says_why(a: Side, b: Side, said: str) -> None:
+    found = compare.compare(a, b, ALPHA)
+    assert isinstance(found, str)
+    assert said in found
+
+
+def test_each_kind_of_score_has_the_test_that_suits_it() -> None:
+    binary = compared(side(BETTER), side(RIGHT))
+    assert (binary.method, binary.n, binary.effect) == ("McNemar, exact", 40, pytest.approx(0.2))
+    fractions = np.linspace(0.2, 0.8, 40)
+    for a, b in ((fractions, fractions[::-1]), (np.asarray(RIGHT), fractions), (fractions, np.asarray(RIGHT))):
+        assert compared(side(a), side(b)).method == "paired t"
+    ratio = compared(
+        side(LIKELIHOODS, score=PERPLEXITY, weights=WORDS), side(LIKELIHOODS + 1, score=PERPLEXITY, weights=WORDS)
+    )
+    assert (ratio.method, ratio.scale) == ("paired ratio", "ratio")
+    assert ratio.effect > 1
+    # A perplexity by document has no weights: every document counts the same.
+    plain = math.exp(-LIKELIHOODS.mean())
+    assert compared(side(LIKELIHOODS, score=plain), side(LIKELIHOODS + 1, score=plain)).scale == "ratio"
+
+
+def test_a_group_is_compared_as_it_was_weighted() -> None:
+    """30 questions of one task and 10 of another: by size one table, by task each difference counts half."""
+    a, b = side(BETTER, [30, 10]), side(RIGHT, [30, 10])
+    assert compared(a, b).method == "McNemar, exact"
+    first, second = np.mean(BETTER[:30]), np.mean(BETTER[30:])
+    by_task = side(BETTER, [30, 10], score=float(first + second) / 2)
+    found = compared(by_task, b)
+    assert found.method == "stratified"
+    assert found.effect == pytest.approx((0 + 0.8) / 2)
+    # 0/1 on one side alone are no table.
+    mixed = compared(a, side(np.linspace(0.2, 0.8, 40), [30, 10]))
+    assert mixed.method == "stratified"
+
+
+def test_a_document_without_a_number_on_either_side_is_left_out_of_its_task() -> None:
+    a, b = np.asarray(BETTER), np.asarray(RIGHT)
+    a[0], b[35] = math.nan, math.nan
+    # The score is the mean of the documents that both have.
+    both = float(np.delete(a, [0, 35]).mean())
+    assert compared(side(a, score=both), side(b)).n == 38
+    grouped = compared(side(a, [30, 10], score=both), side(b, [30, 10]))
+    assert grouped == compared(side(np.delete(BETTER, [0, 35]), [29, 9]), side(np.delete(RIGHT, [0, 35]), [29, 9]))
+
+
+def row(model: str, metric: str, **changes: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "model": model,
+        "suite": "s",
+        "entry": "t",
+        "task": "t",
+        "metric": metric,
+        "filter": "none",
+        "top": True,
+        "group": False,
+        "higher_is_better": True,
+        "n_shot": 0,
+        "limit": None,
+        "value": 0.5,
+        "interval_low": 0.4,
+        "interval_high": 0.6,
+        "interval_method": "Wilson",
+        "stderr": 0.05,
+        "n": 100,
+        "score_levers": "",
+        "prompts_cut": 0,
+        "repeats": 1,
+        "repeat_sd": None,
+    }
+    return fields | changes
+
+
+def test_the_metric_that_every_model_has_stands_for_a_task_and_then_the_preferred_one() -> None:
+    preference = ["acc_norm", "acc"]
+    both = [row(model, metric) for model in ("a", "b") for metric in ("odd", "acc", "acc_norm")]
+    [line] = compare.headlines(both, ["a", "b"], preference)
+    assert line.metric == "acc_norm"
+    one_only = [each for each in both if (each["model"], each["metric"]) != ("b", "acc_norm")]
+    [line] = compare.headlines(one_only, ["a", "b"], preference)
+    assert line.metric == "acc"
+    assert [cell and cell.model for cell in line.cells] == ["a", "b"]
+    [line] = compare.headlines([row("b", "odd")], ["a", "b"], preference)
+    assert [cell and cell.model for cell in line.cells] == [None, "b"]
+
+
+def test_a_group_stands_for_its_subtasks() -> None:
+    table = [
+        row("a", "acc", entry="mmlu", task="mmlu", group=True),
+        row("a", "acc", entry="mmlu", task="mmlu_law", top=False),
+        row("a", "acc", entry="mmlu", task="mmlu_law", top=False, filter="other"),
+        row("a", "acc", entry="mmlu", task="mmlu_math", top=False),
+    ]
+    [line] = compare.headlines(table, ["a"], ["acc"])
+    assert (line.task, line.group, line.subtasks) == ("mmlu", True, 2)
