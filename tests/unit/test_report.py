@@ -385,8 +385,10 @@ def test_paths_and_secrets_are_taken_out_and_counted(tmp_path: Path) -> None:
     [
         *(
             f"{begin}{'aB3' * 12}"
-            for begin in ("hf_", "sk-", "ghp_", "gho_", "ghs_", "github_pat_", "glpat-", "Bearer ")
+            for begin in ("hf_", "sk-", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "Bearer ")
         ),
+        "hf_" + "aB3dE" * 4,
+        "sk-proj-" + "aB3_dE-f" * 3,
         "AKIA" + "A1B2" * 4,
         "eyJ" + ".".join(["a1" * 10] * 3),
         "https://somebody:secretword@example.org/x",
@@ -415,6 +417,38 @@ def test_every_shape_of_a_token_is_known(token: str, tmp_path: Path) -> None:
 )
 def test_what_is_nobodys_secret_stays(harmless: str, tmp_path: Path) -> None:
     assert scrub.scrub(harmless, tmp_path, {}) == (harmless, 0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "SMTP_PASSWD", "OPENAI_API_KEY", "APIKEY", "MY_CREDENTIALS",
+     "proxy_password"],
+)  # fmt: skip
+def test_variables_that_are_named_like_secrets_are_ones(name: str, tmp_path: Path) -> None:
+    env = {name: "of no shape", "EDITOR": "some words", f"{name}_SHORT": "short"}
+    clean, removed = scrub.scrub("of no shape, some words, short", tmp_path, env)
+    assert (clean, removed) == (f"{scrub.SECRET}, some words, short", 1)
+    assert scrub.own("of no shape", env) == f"the value of the environment variable {name}"
+    assert scrub.own("some words, short", env) is None
+
+
+def test_what_lies_beside_the_project_is_outside_and_keys_and_lists_are_looked_at(tmp_path: Path) -> None:
+    project = tmp_path / "evaluation"
+    beside = f"{project}-of-alice/models/qwen"
+    value = {beside: 1, "list": [beside, 2, [beside]], "beside": f"{beside} and {beside}"}
+    clean, removed = scrub.scrub(value, project, {})
+    outside = scrub.OUTSIDE
+    assert clean == {outside: 1, "list": [outside, 2, [outside]], "beside": f"{outside} and {outside}"}
+    # Equal texts are looked at once.
+    assert removed == 3
+
+
+def test_the_home_folder_is_ones_own_but_not_the_root_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/alice")
+    assert scrub.leaks("in /home/alice/models", {}) == "the home folder"
+    assert scrub.leaks("in /home/alicephone/models", {}) is None
+    monkeypatch.setenv("HOME", "/root")
+    assert scrub.leaks("in /root/models", {}) is None
 
 
 def test_a_record_with_private_things_gives_a_report_without_them(
