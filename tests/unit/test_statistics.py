@@ -108,6 +108,16 @@ def test_intervals_stay_inside_what_is_possible_and_never_vanish() -> None:
     skewed = st.mean_interval(np.array([0.0] * 9 + [0.4]))
     assert skewed is not None
     assert 0 <= skewed.low < 0.04 < skewed.high <= 1
+    high = st.mean_interval(np.array([1.0] * 9 + [0.6]))
+    assert high is not None
+    assert 0 <= high.low < 0.96 < high.high <= 1
+    # Scores that may be negative, such as correlations, have no such bounds.
+    signed = np.array([-0.5, 0.9, 0.9, 0.9])
+    correlation = st.mean_interval(signed)
+    assert correlation is not None
+    assert correlation.method == "Student t"
+    assert correlation.high > 1
+    assert st.mean_interval(np.full(3, -0.5)) is None
     assert st.mean_interval(np.array([3.0, 3.0])) is None
     assert st.mean_interval(np.array([])) is None
 
@@ -136,8 +146,27 @@ def test_perplexity_has_its_interval_on_the_log_scale_and_bits_on_their_own() ->
     assert math.log2(perplexity[0].low) == pytest.approx(bits[0].low)
     assert math.log2(perplexity[0].high) == pytest.approx(bits[0].high)
     assert st.log_likelihood_interval(1.234, loglik, words) is None
-    assert st.log_likelihood_interval(math.exp(-ratio), loglik[:1], words[:1]) is None
+    alone = loglik[0] / words[0]
+    assert st.log_likelihood_interval(math.exp(-alone), loglik[:1], words[:1]) is None
+    assert st.log_likelihood_interval(1.0, np.zeros(3), np.zeros(3)) is None
     assert st.log_likelihood_interval(math.inf, np.array([-math.inf, -1.0]), words[:2]) is None
+
+
+def test_likelihoods_of_next_to_nothing_overflow_nowhere() -> None:
+    """As of a model that was never trained on the bytes of a task: 1,000 nats each."""
+    hopeless = np.array([-900.0, -1100.0])
+    bits = st.log_likelihood_interval(1000 / math.log(2), hopeless, np.ones(2))
+    assert bits is not None
+    assert bits[1] == "difference"
+    wide = st.log_likelihood_interval(math.exp(550), np.array([-100.0, -1000.0]), np.ones(2))
+    assert wide is not None
+    assert wide[0].low < math.exp(550) < wide[0].high < math.inf
+
+
+def test_the_error_of_a_ratio_is_that_of_a_mean_where_all_documents_are_of_one_length() -> None:
+    values = np.array([2.0, 4.0, 4.0, 5.0, 7.0, 9.0])
+    assert st.ratio_stderr(values, np.ones(6)) == pytest.approx(stats.sem(values))
+    assert st.ratio_stderr(values, np.full(6, 50.0)) == pytest.approx(stats.sem(values) / 50)
 
 
 def test_the_ratio_interval_covers_as_it_says() -> None:
@@ -178,6 +207,50 @@ def test_a_group_weighted_by_size_is_one_mcnemar_table() -> None:
     assert equal.method == "stratified"
     assert equal.effect == pytest.approx(((a - b)[:30].mean() + (a - b)[30:].mean()) / 2)
     assert st.compare_strata(a[:2], b[:2], [1, 1], [0.4, 0.6], False) is None
+
+
+def test_a_model_that_finds_every_word_half_as_likely_has_twice_the_perplexity_and_a_bit_more() -> None:
+    rng = np.random.default_rng(19)
+    words = rng.integers(50, 400, size=60).astype(float)
+    theirs = -words * (2.5 + 0.3 * rng.standard_normal(60))
+    ours = theirs - words * (math.log(2) + 0.1 * rng.standard_normal(60))
+    ratio, bits = (st.compare_log_likelihoods(ours, theirs, words, scale) for scale in ("ratio", "difference"))
+    for found, expected in ((ratio, 2.0), (bits, 1.0)):
+        assert found is not None
+        assert found.effect == pytest.approx(expected, rel=0.05)
+        assert found.low is not None
+        assert found.high is not None
+        assert found.low < found.effect < found.high
+        assert found.detectable is not None
+    assert ratio is not None
+    assert bits is not None
+    assert math.log2(ratio.detectable or 0) == pytest.approx(bits.detectable)
+    assert math.log2(ratio.low or 0) == pytest.approx(bits.low)
+    # Four documents of sixty are too few to know their spread: a sign test says 1 in 8.
+    few = st.compare_log_likelihoods(theirs - 20 * (np.arange(60) < 4), theirs, words, "ratio")
+    assert few is not None
+    assert few.p_value == 0.125
+
+
+def test_a_group_of_one_task_and_of_its_halves_has_the_error_of_the_task() -> None:
+    rng = np.random.default_rng(23)
+    a, b = rng.random((2, 200))
+    once = st.compare_strata(a, b, [200], [1.0], False)
+    twice = st.compare_strata(np.tile(a, 2), np.tile(b, 2), [200, 200], [0.5, 0.5], False)
+    for found, error in ((once, stats.sem(a - b)), (twice, stats.sem(a - b) / math.sqrt(2))):
+        assert found is not None
+        assert found.effect == pytest.approx((a - b).mean())
+        assert ((found.high or 0) - (found.low or 0)) / 2 == pytest.approx(1.96 * error, rel=1e-4)
+        # z_0.975 + z_0.8, as for two-sided tests at 5 % with a power of 80 %.
+        assert found.detectable == pytest.approx(2.8016 * error, rel=1e-4)
+    assert once is not None
+    assert once.method == "stratified"
+    # One task all up and the other all down: no spread in either, and no difference of the group.
+    apart = st.compare_strata(
+        np.array([1.0] * 5 + [0.0] * 5), np.array([0.0] * 5 + [1.0] * 5), [5, 5], [0.5, 0.5], False
+    )
+    assert apart is not None
+    assert (apart.effect, apart.p_value) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("kind", ["binary", "mean", "small mean", "ratio", "stratified"])
@@ -230,3 +303,19 @@ def test_answers_that_are_all_equal_are_no_difference_but_not_proof_of_one() -> 
     assert means is not None
     assert means.p_value == 1.0
     assert st.compare_means(np.array([1.0]), np.array([0.0])) is None
+    assert st.compare_log_likelihoods(np.array([-1.0]), np.array([-2.0]), np.array([3.0]), "ratio") is None
+
+
+def test_answers_that_all_changed_one_way_have_an_interval_within_what_is_possible() -> None:
+    found = st.compare_binary(np.ones(10), np.zeros(10))
+    assert found.low is not None
+    assert 0.5 < found.low < 0.6
+    assert found.high == 1.0
+    other = st.compare_binary(np.zeros(10), np.ones(10))
+    assert (other.low, other.high) == (-1.0, -found.low)
+
+
+def test_a_report_made_twice_has_the_same_p_values() -> None:
+    """Where there are too many permutations for all of them."""
+    a, b = np.random.default_rng(3).random((2, 25))
+    assert st.compare_means(a, b) == st.compare_means(a, b)
