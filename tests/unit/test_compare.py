@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from reproval import compare, statistics
 from reproval.compare import Side
 from reproval.records import Score
+from reproval.samples import TaskSamples
 
 ALPHA = 0.05
 
@@ -179,3 +181,67 @@ def test_a_group_stands_for_its_subtasks() -> None:
     ]
     [line] = compare.headlines(table, ["a"], ["acc"])
     assert (line.task, line.group, line.subtasks) == ("mmlu", True, 2)
+
+
+# --- what one model brings -----------------------------------------------------------------------------------------
+
+
+def samples(values: list[float] | None = None, weighted: bool = False) -> TaskSamples:
+    count = 3 if values is None else len(values)
+    numbers, ids = np.asarray(values or [], dtype=np.float64), np.arange(count, dtype=np.uint64)
+    return TaskSamples(
+        documents=ids,
+        prompts=ids,
+        values={} if values is None or weighted else {"acc": numbers},
+        weighted={"acc": (numbers, np.ones(count))} if weighted else {},
+    )
+
+
+def brought(found: dict[str, TaskSamples], task: str = "g", suite: str = "s") -> Side | str:
+    """What a model with a group g of the tasks t1 and t2 brings to the comparison of it, or of one task."""
+    score = Score(
+        task=task, metric="acc", filter="none", value=0.5, stderr=None, n=6, higher_is_better=True, group=task == "g"
+    )
+    unit = SimpleNamespace(
+        result=SimpleNamespace(suite="s", scores=[score]),
+        top_tasks={task},
+        groups={"g": ["t1", "t2"]},
+        samples={(name, "none"): each for name, each in found.items()},
+    )
+    model: Any = SimpleNamespace(label="m", units=[unit])
+    [line] = compare.headlines([row("m", "acc", suite=suite, entry=task, task=task, group=task == "g")], ["m"], [])
+    return compare.side(model, line)
+
+
+def test_a_model_brings_the_documents_of_all_tasks_of_a_group() -> None:
+    found = brought({"t1": samples([1.0, 0.0]), "t2": samples([1.0, 1.0, 0.0])})
+    assert isinstance(found, Side)
+    assert (found.sizes, found.values.tolist(), found.binary) == ([2, 3], [1.0, 0.0, 1.0, 1.0, 0.0], True)
+    alone = brought({"t1": samples([0.5, 0.25]), "t2": samples([1.0])}, task="t1")
+    assert isinstance(alone, Side)
+    assert (alone.sizes, alone.values.tolist(), alone.binary) == ([2], [0.5, 0.25], False)
+    weighted = brought({"t1": samples([-3.0, -4.0], True), "t2": samples([-5.0], True)})
+    assert isinstance(weighted, Side)
+    assert weighted.weights is not None
+    assert weighted.values.tolist() == [-3.0, -4.0, -5.0]
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({}, "m has no samples with filter none"),
+        ({"t1": samples([1.0, 0.0])}, "m has no samples with filter none"),
+        ({"t1": samples([1.0, 0.0]), "t2": samples()}, "not made of numbers by document"),
+        ({"t1": samples([-3.0], True), "t2": samples()}, "not made of numbers by document"),
+    ],
+)
+def test_a_group_of_which_a_part_is_missing_is_not_compared_by_the_rest(
+    found: dict[str, TaskSamples], said: str
+) -> None:
+    told = brought(found)
+    assert isinstance(told, str)
+    assert said in told
+
+
+def test_a_task_of_another_suite_is_another_task() -> None:
+    assert brought({"t1": samples([1.0]), "t2": samples([1.0])}, suite="other") == "m was not evaluated on it"
