@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from examples import UNIT, run_file
 from test_memory import Nvml
 
 from reproval import doctor, doctor_facts, store
@@ -17,6 +20,8 @@ from reproval.doctor_checks import CHECKS, Asked, examine
 from reproval.doctor_facts import Gathered, GpuSeen, Role, Space, gather
 from reproval.files import sha256_file, write_record
 from reproval.records import Hardware, ImageManifest, ModelManifest, StoredFile, TaskManifest
+from reproval.run_file import RunFile
+from reproval.settings import ModelConfig, Run
 
 GIB = 2**30
 ROOM = Space(path="/somewhere", free_bytes=500 * GIB, total_bytes=1000 * GIB)
@@ -327,6 +332,8 @@ def test_a_file_that_is_gone_cut_off_or_changed_is_named(staged: Path, name: str
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     assert wrong(staged) == [f"{path}: has {len(whole) - 1:,} bytes, and was staged with {len(whole):,}"]
+    path.write_bytes(whole + b"!")
+    assert wrong(staged) == [f"{path}: has {len(whole) + 1:,} bytes, and was staged with {len(whole):,}"]
     path.write_bytes(b"!" + whole[1:])
     assert wrong(staged, deep=True) == [f"{path}: its content is not what was staged (SHA-256 differs)"]
     # Of what is large only `deep` reads the content, and `stage` where the file is younger than its manifest.
@@ -344,6 +351,52 @@ def test_a_manifest_that_is_missing_or_broken_is_named(staged: Path) -> None:
     first.unlink()
     second.write_text("{")
     assert [str(path) in line for path, line in zip((first, second), wrong(staged), strict=True)] == [True, True]
+
+
+def test_a_store_that_cannot_be_looked_at_is_not_taken_for_a_whole_one(staged: Path) -> None:
+    """Here a file lies where a folder should, as when a mount is missing."""
+    folder = staged / "models/m"
+    shutil.rmtree(folder)
+    folder.write_text("")
+    assert wrong(staged) == [
+        f"{folder / name}: cannot be read (Not a directory)" for name in ("config.json", "model.safetensors")
+    ]
+
+
+def test_what_an_evaluation_needs_is_every_model_and_suite_of_its_runs_once() -> None:
+    """Two models, of which the first is evaluated twice, and one suite."""
+
+    def run(model: str, seed: int) -> RunFile:
+        identity = {"model": {"folder": f"models/{model}"}, "units": [{"suite": "core", "task": "arc"}]}
+        asked = Run(name=f"{model}-{seed:012}", model_name=model, model=ModelConfig(path="m"), units=[UNIT],
+                    identity=identity)  # fmt: skip
+        return run_file(run=asked, seed=seed, store="/data/store")
+
+    found = [str(path) for path in store.manifests([run("a", 1), run("a", 2), run("b", 1)])]
+    assert [re.sub(r"-[0-9a-f]{12}", "", path) for path in found] == [
+        "/data/store/manifests/models/a.json",
+        "/data/store/manifests/models/b.json",
+        "/data/store/manifests/suites/core.json",
+    ]
+
+
+def test_no_evaluation_begins_unless_all_that_it_needs_is_there(
+    staged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "complete.txt"
+    names = manifests(staged)
+    monkeypatch.setattr(
+        sys, "argv", ["store", "check", "--store", str(staged), "--out", str(out), *map(str, reversed(names))]
+    )
+    last = staged / "models/m/config.json"
+    whole = last.read_bytes()
+    last.unlink()
+    with pytest.raises(SystemExit, match=r"(?s)not as it was staged.*config\.json: missing.*snakemake stage"):
+        store.main()
+    assert not out.exists()
+    last.write_bytes(whole)
+    store.main()
+    assert out.exists()
 
 
 # --- what is gathered ------------------------------------------------------------------------------------------------
