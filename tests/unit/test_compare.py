@@ -13,6 +13,7 @@ import pytest
 from reproval import compare, statistics
 from reproval.compare import Side
 from reproval.records import Score
+from reproval.report_content import Headline, Pair
 from reproval.samples import TaskSamples
 
 ALPHA = 0.05
@@ -245,3 +246,77 @@ def test_a_group_of_which_a_part_is_missing_is_not_compared_by_the_rest(
 
 def test_a_task_of_another_suite_is_another_task() -> None:
     assert brought({"t1": samples([1.0]), "t2": samples([1.0])}, suite="other") == "m was not evaluated on it"
+
+
+# --- all pairs -----------------------------------------------------------------------------------------------------
+
+
+def evaluated(label: str, tasks: dict[str, Side]) -> Any:
+    """A model with these tasks, each by itself."""
+    scores = [each.score.model_copy(update={"task": name}) for name, each in tasks.items()]
+    found = {
+        (name, "none"): TaskSamples(
+            documents=each.documents,
+            prompts=each.prompts,
+            values={"acc": each.values} if each.weights is None else {},
+            weighted={} if each.weights is None else {"acc": (each.values, each.weights)},
+        )
+        for name, each in tasks.items()
+    }
+    unit = SimpleNamespace(
+        result=SimpleNamespace(suite="s", scores=scores), top_tasks=set(tasks), groups={}, samples=found
+    )
+    return SimpleNamespace(label=label, units=[unit])
+
+
+def lines(tasks: list[str], models: list[str], **changes: Any) -> list[Headline]:
+    table = [row(model, "acc", entry=task, task=task, **changes) for task in tasks for model in models]
+    return compare.headlines(table, models, [])
+
+
+def test_a_difference_that_is_one_of_many_tests_has_to_be_larger() -> None:
+    """Six answers of forty that changed one way: p = 2 / 2^6, below 5 % alone and above it among three tests."""
+    worse, better = side([1.0] * 24 + [0.0] * 16), side([1.0] * 30 + [0.0] * 10)
+    found: dict[int, Pair] = {}
+    for count in (1, 3):
+        tasks = [f"t{n}" for n in range(count)]
+        models = [evaluated("a", dict.fromkeys(tasks, worse)), evaluated("b", dict.fromkeys(tasks, better))]
+        pairs, untested = compare.comparisons(models, lines(tasks, ["a", "b"]))
+        assert untested == []
+        assert len(pairs) == count
+        found[count] = pairs[0]
+    alone, many = found[1], found[3]
+    assert alone.p_value == many.p_value == pytest.approx(2 / 2**6)
+    assert (alone.significant, alone.better) == (True, "b")
+    assert (many.p_holm, many.significant, many.better) == (pytest.approx(6 / 2**6), False, None)
+    assert (alone.detectable or 0) < (many.detectable or 0)
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_the_lower_perplexity_is_better_in_whatever_order_models_stand(order: tuple[str, str]) -> None:
+    rng = np.random.default_rng(2)
+    likelihoods = {"a": LIKELIHOODS, "b": LIKELIHOODS - 20 - rng.random(40)}
+    models = [
+        evaluated(name, {"t": side(each, score=math.exp(-each.sum() / WORDS.sum()), weights=WORDS)})
+        for name, each in ((name, likelihoods[name]) for name in order)
+    ]
+    [pair] = compare.comparisons(models, lines(["t"], list(order), higher_is_better=False))[0]
+    assert pair.scale == "ratio"
+    assert pair.better == "a"
+    [unknown] = compare.comparisons(models, lines(["t"], list(order), higher_is_better=None))[0]
+    assert (unknown.significant, unknown.better) == (True, None)
+
+
+def test_the_levers_of_both_models_stand_at_their_pair() -> None:
+    models = [evaluated(name, {"t": side(RIGHT)}) for name in ("a", "b")]
+    table = [row("a", "acc", score_levers="dtype"), row("b", "acc", score_levers="quantization,max_model_len")]
+    [pair] = compare.comparisons(models, compare.headlines(table, ["a", "b"], []))[0]
+    assert pair.score_levers == ["a: dtype", "b: quantization", "b: max_model_len"]
+
+
+def test_the_most_certain_difference_stands_first() -> None:
+    base, some, more = (side([1.0] * n + [0.0] * (40 - n)) for n in (20, 27, 35))
+    tasks = {"a": base, "b": base, "c": base}, {"a": some, "b": more, "c": base}
+    models = [evaluated(name, each) for name, each in zip(("x", "y"), tasks, strict=True)]
+    pairs, _ = compare.comparisons(models, lines(["a", "b", "c"], ["x", "y"]))
+    assert [pair.task for pair in pairs] == ["b", "a", "c"]
