@@ -20,7 +20,7 @@ from reproval.doctor_checks import CHECKS, Asked, examine
 from reproval.doctor_facts import Gathered, GpuSeen, Role, Space, gather
 from reproval.files import sha256_file, write_record
 from reproval.records import Hardware, ImageManifest, ModelManifest, StoredFile, TaskManifest
-from reproval.run_file import RunFile
+from reproval.run_file import RunFile, write_snapshot
 from reproval.settings import ModelConfig, Run
 
 GIB = 2**30
@@ -363,15 +363,16 @@ def test_a_store_that_cannot_be_looked_at_is_not_taken_for_a_whole_one(staged: P
     ]
 
 
+def run(model: str, seed: int, folder: str = "/data/store") -> RunFile:
+    identity = {"model": {"folder": f"models/{model}"}, "units": [{"suite": "core", "task": "arc"}]}
+    asked = Run(
+        name=f"{model}-{seed:012}", model_name=model, model=ModelConfig(path="m"), units=[UNIT], identity=identity
+    )
+    return run_file(run=asked, seed=seed, store=folder)
+
+
 def test_what_an_evaluation_needs_is_every_model_and_suite_of_its_runs_once() -> None:
     """Two models, of which the first is evaluated twice, and one suite."""
-
-    def run(model: str, seed: int) -> RunFile:
-        identity = {"model": {"folder": f"models/{model}"}, "units": [{"suite": "core", "task": "arc"}]}
-        asked = Run(name=f"{model}-{seed:012}", model_name=model, model=ModelConfig(path="m"), units=[UNIT],
-                    identity=identity)  # fmt: skip
-        return run_file(run=asked, seed=seed, store="/data/store")
-
     found = [str(path) for path in store.manifests([run("a", 1), run("a", 2), run("b", 1)])]
     assert [re.sub(r"-[0-9a-f]{12}", "", path) for path in found] == [
         "/data/store/manifests/models/a.json",
@@ -397,6 +398,25 @@ def test_no_evaluation_begins_unless_all_that_it_needs_is_there(
     last.write_bytes(whole)
     store.main()
     assert out.exists()
+
+
+def test_staging_again_reads_what_changed_since_and_looks_at_the_images(
+    staged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = run("m", 1, str(staged))
+    for old, new in zip(manifests(staged), store.manifests([asked]), strict=False):
+        old.rename(new)
+    snapshot = write_snapshot(tmp_path, [asked])
+    image = staged / "images/x.json"
+    monkeypatch.setattr(sys, "argv", ["store", "show", "--snapshot", str(snapshot), "--images", str(image)])
+    store.main()
+    assert "is complete: 3 manifests" in capsys.readouterr().out
+    large = staged / "models/m/model.safetensors"
+    large.write_bytes(b"!" + large.read_bytes()[1:])
+    os.utime(large, (2e9, 2e9))
+    (staged / "images/i.sif").unlink()
+    with pytest.raises(SystemExit, match=r"(?s)model.safetensors: its content.*i\.sif: missing"):
+        store.main()
 
 
 # --- what is gathered ------------------------------------------------------------------------------------------------
