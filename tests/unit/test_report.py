@@ -365,6 +365,7 @@ def test_paths_and_secrets_are_taken_out_and_counted(tmp_path: Path) -> None:
     value = {
         "message": f"Bearer {'x' * 30} and {token} at /home/alice/models/qwen, key correct-horse-battery",
         "inside": f"{tmp_path}/resources/models/qwen",
+        "file inside": f"file://{tmp_path}/resources/data",
         "root": str(tmp_path),
         "search": "PATH=/usr/bin:/home/alice/bin",
         "url": "https://alice:secretword@example.org/x",
@@ -377,6 +378,7 @@ def test_paths_and_secrets_are_taken_out_and_counted(tmp_path: Path) -> None:
     for private in ("alice", token, "correct-horse", "secretword", "xxxx"):
         assert private not in text, private
     assert clean["inside"] == "resources/models/qwen"
+    assert clean["file inside"] == "resources/data"
     assert clean["root"] == "."
 
 
