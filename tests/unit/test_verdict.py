@@ -143,6 +143,46 @@ def test_a_certain_difference_below_the_margin_is_reproduced_and_a_wider_table_a
     near = Evidence(500, 0.0, -0.02, 0.02, 0.03, 1.0, 0.02, 0.02, "")
     assert verdict.decide([near]) == ["reproduced"]
     assert verdict.decide([near, vague]) == ["inconclusive", "inconclusive"]
+    apart = Evidence(500, 0.05, 0.01, 0.09, 1.0, 0.03, 0.02, 0.02, "")
+    assert verdict.decide([apart]) == ["differs"]
+    assert verdict.decide([apart, vague]) == ["inconclusive", "inconclusive"]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_far_apart_are_not_reproduced_whichever_side_is_better(sign: int) -> None:
+    low, high = FRACTIONS[:400] - 0.2 * sign, FRACTIONS[:400] + 0.2 * sign
+    means = verdict.paired_means(low, high, 0.02)
+    group = verdict.paired_strata([(low[:100], high[:100]), (low[100:], high[100:])], [0.5, 0.5], 0.02)
+    unbounded = verdict.paired_means(10 * low + np.arange(400) % 2, 10 * high, 0.02)
+    perplexity = verdict.paired_log_likelihoods(-300 * low, -300 * high, np.full(400, 50.0), "ratio", 0.02)
+    binary_scores = verdict.paired_binary(*(binary(200, 90, 10, 400)[::sign]), 0.02)
+    values = verdict.unpaired_values(0.5, 0.01, 0.5 + 0.4 * sign, 0.01, 0.02)
+    proportions = verdict.unpaired_proportions(0.5, 400, 0.5 + 0.4 * sign, 400, 0.02)
+    for found in (means, group, unbounded, perplexity, binary_scores, values, proportions):
+        assert found is not None
+        assert found.p_equivalence > 0.99, found.method
+        assert verdict.decide([found]) == ["differs"], found.method
+
+
+def test_a_margin_of_nothing_shows_nothing_and_one_of_the_whole_scale_everything() -> None:
+    equal = binary(30, 0, 0, 60)
+    assert verdict.paired_binary(*equal, 0.0).p_equivalence == 1.0
+    assert verdict.paired_binary(*equal, 1.0).p_equivalence == 0.0
+    for margin, expected in ((0.0, 1.0), (1.0, 0.0)):
+        means = verdict.paired_means(FRACTIONS[:60], FRACTIONS[:60], margin)
+        assert means is not None
+        assert means.p_equivalence == expected
+        assert verdict.unpaired_proportions(0.5, 60, 0.5, 60, margin).p_equivalence == expected
+
+
+@pytest.mark.parametrize(
+    ("changed", "of", "too_few"), [(4, 10, True), (5, 10, False), (29, 1000, True), (30, 1000, False)]
+)
+def test_unbounded_scores_need_half_of_the_documents_or_thirty_that_changed(
+    changed: int, of: int, too_few: bool
+) -> None:
+    """As docs/reproduce.md says."""
+    assert verdict.too_few_changed(np.where(np.arange(of) < changed, 0.3, 0.0)) == too_few
 
 
 def test_the_smallest_difference_that_could_have_been_shown_is_shown_four_times_in_five() -> None:
