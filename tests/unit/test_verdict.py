@@ -210,6 +210,31 @@ def test_ratio_scales_speak_in_ratios() -> None:
     assert verdict.unpaired_values(0.5, 0.0, 0.5, 0.0, 0.08) is None
 
 
+def test_a_margin_in_bits_is_the_same_as_that_of_the_perplexity_of_a_byte() -> None:
+    """0.02 bits a byte are a perplexity of 2^0.02 times as much."""
+    rng = np.random.default_rng(4)
+    ours = -rng.uniform(100, 300, 60)
+    theirs = ours + rng.normal(0, 3, 60)
+    bits, ratio = (
+        verdict.paired_log_likelihoods(ours, theirs, np.full(60, 50.0), scale, margin)
+        for scale, margin in (("difference", 0.02), ("ratio", 2**0.02 - 1))
+    )
+    assert bits is not None
+    assert ratio is not None
+    assert 0.001 < bits.p_equivalence < 0.9
+    assert bits.p_equivalence == pytest.approx(ratio.p_equivalence)
+
+
+def test_what_rounding_explains_is_no_difference() -> None:
+    """A published 0.50 may be 0.505; of two million questions even a difference of 0.005 would else be certain."""
+    assert verdict.unpaired_proportions(0.5055, 10**6, 0.50, 10**6, 0.02, rounding=0.005).p_difference > 0.3
+    assert verdict.unpaired_proportions(0.5055, 10**6, 0.50, 10**6, 0.02).p_difference < 1e-9
+    values = [
+        verdict.unpaired_values(0.5055, 0.0005, 0.50, 0.0005, 0.02, rounding=rounding) for rounding in (0.005, 0.0)
+    ]
+    assert [found is not None and found.p_difference > 0.3 for found in values] == [True, False]
+
+
 def test_log_likelihoods_that_differ_by_rounding_are_reproduced() -> None:
     rng = np.random.default_rng(1)
     ours = -rng.uniform(100, 300, 10)
@@ -363,6 +388,19 @@ def test_what_did_not_change_is_no_evidence_where_nothing_bounds_a_change() -> N
     unbounded = verdict.paired_means(10 * five, 10 * five, 0.02)
     perplexity = verdict.paired_log_likelihoods(-five, -five, np.ones(5), "ratio", 0.02)
     shifted = verdict.paired_log_likelihoods(-five - 0.001, -five, np.ones(5), "ratio", 0.02)
+    # Five of a hundred that changed by next to nothing, and a step that is the same for all.
+    hundred = np.arange(100.0)
+    few = verdict.paired_means(hundred, hundred + 1e-6 * (np.arange(100) < 5), 0.02)
+    step = verdict.paired_means(hundred, hundred + 0.001, 0.02)
+    few_of_group = verdict.paired_strata(
+        [(hundred, hundred), (five * 10, five * 10 + [1e-6, 0, 0, 0, 0])], [0.5, 0.5], 1
+    )
+    few_texts = verdict.paired_log_likelihoods(
+        -hundred, -hundred - 1e-6 * (np.arange(100) < 5), hundred + 1, "ratio", 1
+    )
+    for found in (unbounded, perplexity, shifted, few, step, few_of_group, few_texts):
+        assert found is not None
+        assert found.p_equivalence == 1.0
     assert verdict.decide([unbounded, perplexity, shifted]) == ["inconclusive"] * 3
     group = verdict.paired_strata([(np.zeros(2), np.zeros(2)), (np.ones(3), np.ones(3))], [0.5, 0.5], 0.02)
     assert group is not None

@@ -151,7 +151,7 @@ def not_inferior(only_ours: int, only_theirs: int, n: int, margin: float) -> flo
         rows = slice(begin, end)
         chance = stats.binom.pmf(b[rows], n, q)
         below = stats.binom.cdf(limit[rows], n - b[rows], min((q + margin) / (1 - q), 1.0))
-        worst = max(worst, float(np.sum(chance * np.where(limit[rows] < 0, 0.0, below))))
+        worst = max(worst, float(np.sum(chance * below)))
     return min(worst, 1.0)
 
 
