@@ -1234,6 +1234,7 @@ def test_a_third_policy_needs_no_code() -> None:
         (("free_share: 0.05", "fre_share: 0.05"), "did you mean free_share?"),
         (("- max_num_seqs", "- max_num_seq"), "max_num_seq"),
         (("{enforce_eager: true, gpu", "{enforce_eagr: true, gpu"), "did you mean enforce_eager?"),
+        (("score_levers: [quantization, max", "score_levrs: [quantization, max"), "did you mean score_levers?"),
         (("  - name: above-13B", "  - name: above-13B\n    below_billions: 10"), "a last tier without"),
         (("    below_billions: 14", ""), "every tier but the last"),
         (("below_billions: 14", "below_billions: 6"), "each larger than the one before"),
