@@ -13,7 +13,7 @@ from architecture_data import NAMES, facts, load, tensors
 
 from reproval.folders import FolderError, check_model_folder
 from reproval.memory_model import GIB, cache_bytes_per_token, weights_bytes
-from reproval.model_cache import layer_kinds
+from reproval.model_cache import cache_groups, layer_kinds
 from reproval.model_config import text_config
 from reproval.model_facts import facts_of, read_model
 from reproval.model_tensors import ModelError, Tensor, read_header
@@ -93,6 +93,17 @@ def test_layers_of_hybrids() -> None:
         ({"num_hidden_layers": 2, "model_type": "falcon_h1"}, ["full", "state"] * 2),
         ({"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3, "num_kv_shared_layers": 1}, ["full", "full"]),
         ({"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}, ["state", "full"]),
+        # Jamba: every second layer, from the second on; Qwen3-Next: every fourth.
+        ({"num_hidden_layers": 5, "attn_layer_period": 2, "attn_layer_offset": 1}, "state full state full state"),
+        ({"num_hidden_layers": 5, "full_attention_interval": 4}, "state state state full state"),
+        ({"num_hidden_layers": 3, "sliding_window": 8, "sliding_window_pattern": 3}, "sliding sliding full"),
+        ({"num_hidden_layers": 3, "sliding_window": 8, "model_type": "gemma2"}, "sliding full sliding"),
+        (
+            {"num_hidden_layers": 5, "sliding_window": 8, "model_type": "cohere2"},
+            "sliding sliding sliding full sliding",
+        ),
+        ({"layers_block_type": ["mamba", "moe", "attention", "mlp"]}, "state none full none"),
+        ({"num_hidden_layers": 2, "model_type": "mamba2"}, ["state"] * 2),
     ],
 )
 def test_layer_kinds(config: dict[str, Any], kinds: list[str] | str) -> None:
@@ -110,6 +121,98 @@ def test_heads_that_differ_from_layer_to_layer() -> None:
     }
     found = facts_of(config, [Tensor("model.embed_tokens.weight", "BF16", (10, 64))])
     assert [(g.kind, g.layers, g.elements_per_token) for g in found.cache] == [("full", 2, 2 * 8 * (1 + 4))]
+
+
+@pytest.mark.parametrize(
+    ("config", "per_layer"),
+    [
+        # Falcon-7B: one head of keys and values, although it has 71 of queries.
+        ({"n_layer": 1, "hidden_size": 4544, "n_head": 71, "multi_query": True}, 2 * 64),
+        # Falcon-40B: eight, under either name of its configuration.
+        (
+            {"num_hidden_layers": 1, "hidden_size": 8192, "num_attention_heads": 128, "multi_query": True,
+             "new_decoder_architecture": True, "num_kv_heads": 8},
+            2 * 8 * 64,
+        ),
+        ({"n_layer": 1, "hidden_size": 8192, "n_head": 128, "n_head_kv": 8}, 2 * 8 * 64),
+        # DBRX.
+        ({"n_layers": 1, "d_model": 6144, "n_heads": 48, "attn_config": {"kv_n_heads": 8}}, 2 * 8 * 128),
+        # ChatGLM2-6B.
+        (
+            {"num_layers": 1, "hidden_size": 4096, "num_attention_heads": 32, "multi_query_group_num": 2,
+             "kv_channels": 128},
+            2 * 2 * 128,
+        ),
+        # MiniCPM3: the heads of queries and keys are their two parts.
+        (
+            {"model_type": "minicpm3", "num_hidden_layers": 1, "hidden_size": 2560, "num_attention_heads": 40,
+             "num_key_value_heads": 40, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32},
+            2 * 40 * 96,
+        ),
+    ],
+)  # fmt: skip
+def test_key_value_heads_under_their_several_names(config: dict[str, Any], per_layer: int) -> None:
+    assert [group.elements_per_token for group in cache_groups(config)] == [per_layer]
+
+
+def test_layers_of_two_kinds_may_have_heads_of_their_own() -> None:
+    common = {"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4,
+              "head_dim": 16, "sliding_window": 32}  # fmt: skip
+    kinds = {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}
+    wide = cache_groups(common | kinds | {"global_head_dim": 32, "num_global_key_value_heads": 2})
+    assert [group.elements_per_token for group in wide] == [2 * 2 * 32, 2 * 2 * 4 * 16]
+    pattern = {"hybrid_layer_pattern": [0, 1, 1], "swa_num_key_value_heads": 8, "swa_head_dim": 12}
+    assert [group.elements_per_token for group in cache_groups(common | pattern)] == [2 * 4 * 16, 2 * 2 * 8 * 12]
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "head", "tied"),
+    [
+        ({"tie_word_embeddings": True}, {}, "lm_head.weight", True),
+        ({"tie_word_embeddings": False}, {"model_type": "gemma"}, None, False),
+        ({}, {"tie_word_embeddings": True}, "lm_head.weight", True),
+        ({}, {"tie_word_embeddings": False}, None, False),
+        # Nobody says: what is stored does, but for types that tie all the same.
+        ({}, {}, None, True),
+        ({}, {}, "lm_head.weight", False),
+        ({}, {}, "gpt_neox.embed_out.weight", False),
+        ({}, {}, "transformer.output_layer.weight", False),
+        ({}, {"model_type": "gemma"}, "lm_head.weight", True),
+    ],
+)
+def test_who_says_that_embeddings_are_tied(
+    outer: dict[str, Any], inner: dict[str, Any], head: str | None, tied: bool
+) -> None:
+    stored = [Tensor(name, "BF16", (2, 2)) for name in ("model.embed_tokens.weight", head) if name]
+    assert is_tied(outer, inner, stored) == tied
+
+
+@pytest.mark.parametrize(
+    "nest",
+    [
+        lambda text: {"text_config": text},
+        lambda text: {"llm_config": text},
+        lambda text: {"language_config": text},
+        # Qwen's omni models nest twice.
+        lambda text: {"thinker_config": {"model_type": "qwen3_omni_moe_thinker", "text_config": text}},
+    ],
+)
+def test_the_language_model_is_found_where_a_multimodal_configuration_has_it(nest: Any) -> None:
+    text = {"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 128, "num_attention_heads": 4,
+            "quantization_config": {"quant_method": "fp8"}}  # fmt: skip
+    outer = {"model_type": "outer", "hidden_size": 9, "num_hidden_layers": 1, "vocab_size": 1, **nest(text)}
+    found = facts_of(outer, [Tensor("language_model.model.embed_tokens.weight", "BF16", (128, 64))])
+    assert (found.layers, found.hidden_size, found.vocab_size, found.model_type) == (2, 64, 128, "outer")
+    assert text_config(outer)["model_type"], "which decides how its layers keep state"
+    assert found.quantization == "fp8"
+
+
+def test_layers_that_only_a_pattern_counts() -> None:
+    pattern = {"model_type": "nemotron_h", "hybrid_override_pattern": "M-M*-"}
+    assert layer_kinds(pattern) == ["state", "none", "state", "full", "none"]
+    found = facts_of(pattern | {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 128, "mamba_num_heads": 4,
+                                "mamba_head_dim": 16}, [])  # fmt: skip
+    assert found.layers == 5
 
 
 def test_scales_that_were_quantized_a_second_time_are_loaded_as_float32() -> None:
