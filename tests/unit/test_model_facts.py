@@ -104,6 +104,7 @@ def test_layers_of_hybrids() -> None:
         ),
         ({"layers_block_type": ["mamba", "moe", "attention", "mlp"]}, "state none full none"),
         ({"num_hidden_layers": 2, "model_type": "mamba2"}, ["state"] * 2),
+        ({"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}, ["state", "full"]),
     ],
 )
 def test_layer_kinds(config: dict[str, Any], kinds: list[str] | str) -> None:
@@ -215,6 +216,46 @@ def test_layers_that_only_a_pattern_counts() -> None:
     assert found.layers == 5
 
 
+@pytest.mark.parametrize(
+    ("config", "state_bytes"),
+    [
+        # LFM2-1.2B: the last two inputs of a convolution.
+        ({"layer_types": ["conv"], "hidden_size": 2048, "conv_L_cache": 3}, 2 * 2048 * 2),
+        # Kimi-Linear-48B: three inputs of queries, keys and values each, and a float32 state.
+        (
+            {"linear_attn_config": {"kda_layers": [1], "num_heads": 32, "head_dim": 128, "short_conv_kernel_size": 4}},
+            3 * 3 * 4096 * 2 + 32 * 128 * 128 * 4,
+        ),
+        # Mamba with a width of its own.
+        (
+            {"model_type": "mamba", "hidden_size": 2560, "intermediate_size": 5000, "state_size": 16, "conv_kernel": 4},
+            5000 * 3 * 2 + 5000 * 16 * 2,
+        ),
+        # Falcon-H1-0.5B: the width is given, and the heads divide it.
+        (
+            {"model_type": "falcon_h1", "hidden_size": 1024, "num_attention_heads": 8, "mamba_d_ssm": 1536,
+             "mamba_n_heads": 24, "mamba_d_head": "auto", "mamba_d_state": 128, "mamba_n_groups": 1},
+            (1536 + 2 * 128) * 3 * 2 + 24 * 64 * 128 * 2,
+        ),
+        # The same in float32.
+        (
+            {"model_type": "falcon_h1", "hidden_size": 1024, "num_attention_heads": 8, "mamba_d_ssm": 1536,
+             "mamba_n_heads": 24, "mamba_d_state": 128, "mamba_n_groups": 1, "torch_dtype": "float32"},
+            (1536 + 2 * 128) * 3 * 4 + 24 * 64 * 128 * 4,
+        ),
+    ],
+)  # fmt: skip
+def test_the_state_of_a_layer(config: dict[str, Any], state_bytes: int) -> None:
+    """By the shapes of MambaStateShapeCalculator (vllm/model_executor/layers/mamba/mamba_utils.py), in 16 bit."""
+    groups = cache_groups({"num_hidden_layers": 1, **config})
+    assert [group.state_bytes for group in groups if group.kind == "state"] == [state_bytes]
+
+
+def test_a_tensor_that_two_files_have_counts_once() -> None:
+    twice = [*tensors("Qwen3-0.6B"), *tensors("Qwen3-0.6B")[:5]]
+    assert facts_of(load("Qwen3-0.6B")["config"], twice) == facts("Qwen3-0.6B")
+
+
 def test_scales_that_were_quantized_a_second_time_are_loaded_as_float32() -> None:
     """One byte for 64 weights becomes four: 6,979,321,856 weights in linear layers."""
     twice = facts("Meta-Llama-3.1-8B-bnb-4bit")
@@ -281,6 +322,37 @@ def test_nested_configuration_is_found() -> None:
 def test_unknown_architecture_is_refused() -> None:
     with pytest.raises(ModelError, match="not known"):
         facts_of({"model_type": "new"}, [Tensor("w", "BF16", (2, 2))])
+
+
+SHAPES = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 16}
+
+
+def test_an_unknown_storage_dtype_is_refused() -> None:
+    with pytest.raises(ModelError, match="tensor w: storage dtype 'F6' is not known"):
+        facts_of(SHAPES, [Tensor("w", "F6", (2, 2))])
+
+
+def test_scales_are_parameters_where_nothing_is_quantized() -> None:
+    tensors = [Tensor("model.embed_tokens.weight", "BF16", (16, 8)), Tensor("model.layers.0.layer_scale", "BF16", (8,))]
+    assert facts_of(SHAPES, tensors).parameters == 16 * 8 + 8
+    assert facts_of(SHAPES | {"quantization_config": {"quant_method": "fp8"}}, tensors).parameters == 16 * 8
+
+
+@pytest.mark.parametrize("key", ["bits", "w_bit"])
+def test_packed_weights_are_unpacked_under_either_name_of_their_bits(key: str) -> None:
+    config = SHAPES | {"quantization_config": {"quant_method": "awq", key: 4}}
+    assert facts_of(config, [Tensor("model.layers.0.mlp.up_proj.qweight", "I32", (8, 2))]).parameters == 8 * 16
+
+
+def test_the_dtype_is_the_language_model_s_own_then_the_configuration_s_then_that_of_most_weights() -> None:
+    weights = [Tensor("model.embed_tokens.weight", "F16", (16, 8)), Tensor("model.norm.weight", "F32", (8,))]
+
+    def dtype(outer: dict[str, Any], inner: dict[str, Any]) -> str | None:
+        return facts_of(outer | {"text_config": SHAPES | inner}, weights).checkpoint_dtype
+
+    assert dtype({"torch_dtype": "float32"}, {"dtype": "bfloat16"}) == "bfloat16"
+    assert dtype({"torch_dtype": "torch.float32"}, {}) == "float32"
+    assert dtype({}, {}) == "float16"
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
