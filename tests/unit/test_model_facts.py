@@ -54,6 +54,13 @@ def test_a_maximum_that_a_nested_configuration_leaves_out_is_its_class_s() -> No
     assert facts("gemma-3-4b-it").max_position_embeddings == 131072
 
 
+def test_what_a_configuration_does_not_say() -> None:
+    assert facts("gpt2").intermediate_size == 3072, "four times the hidden size"
+    assert facts("mamba-2.8b-hf").max_position_embeddings == 2**20, "no positions, so no end of them"
+    several = facts_of(SHAPES | {"intermediate_size": [16, 64, 32]}, [])
+    assert several.intermediate_size == 64, "Gemma 3n has one for each layer; the widest takes the most"
+
+
 def test_layers_of_hybrids() -> None:
     assert [(g.kind, g.layers) for g in facts("gemma-3-4b-it").cache] == [("full", 5), ("sliding", 29)]
     assert [(g.kind, g.layers) for g in facts("gpt-oss-20b").cache] == [("full", 12), ("sliding", 12)]
