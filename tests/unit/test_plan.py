@@ -831,6 +831,11 @@ def test_measured_speed_on_two_cores_is_reproduced_by_the_estimate() -> None:
     assert found[0].engine_start_s == pytest.approx(30, rel=0.05)
 
 
+def test_requests_take_a_millisecond_of_python_however_fast_the_gpu_is() -> None:
+    many = summarize([task(requests=100_000, context=1, longest=2)])
+    assert estimate(facts("SmolLM2-135M"), many, stock(8192), H100).work_s == pytest.approx(100, rel=0.05)
+
+
 def test_measured_starts_of_an_engine() -> None:
     """On an H100 with a 4B model and dummy weights, 35 s eager and 93 s with graphs; real ones are also read."""
     eager, graphs = (
