@@ -38,6 +38,7 @@ LARGER = {
     "half as many again": groups(("full", 10, 2048, None), ("sliding", 15, 2048, 512)),
     "narrower windows": groups(("full", 5, 4096, None), ("sliding", 25, 2048, 1024)),
     "widths that do not divide": groups(("full", 8, 2048, None), ("sliding", 24, 1536, 1024)),
+    "less than half as wide": groups(("full", 8, 2048, None), ("sliding", 24, 896, 1024)),
 }
 
 

@@ -649,6 +649,7 @@ def test_sliding_windows_take_what_vllm_says_that_they_do(name: str, length: int
         # Narrower keys and values: blocks of more tokens where they fill a page, else padded.
         ([("full", 5, 4096, None), ("sliding", 25, 2048, 1024)], 0.625, 823.125),
         ([("full", 8, 2048, None), ("sliding", 24, 1536, 1024)], 0.5, 737.5),
+        ([("full", 8, 2048, None), ("sliding", 24, 896, 1024)], 0.5, 737.5),
     ],
 )
 def test_layers_of_several_kinds_are_grouped_as_in_vllm(
@@ -675,6 +676,12 @@ def test_a_block_beside_states_holds_a_multiple_of_128_tokens_of_mla() -> None:
     """Kimi-Linear-48B: a state of 2,170,880 bytes in a layer, 576 elements of a token (_align_hybrid_block_size)."""
     pool = cache_pool(with_layers(("mla", 7, 576, None), states=20, state_bytes=2_170_880), stock(8192))
     assert pool.attention[0].block_tokens == 1920
+
+
+def test_fewer_layers_with_states_than_with_attention_make_groups_of_their_size() -> None:
+    """As for other kinds of layers; nothing that is known has them."""
+    pool = cache_pool(with_layers(("full", 24, 512, None), states=8, state_bytes=100_000), stock(8192))
+    assert (pool.state_blocks, [layers.groups for layers in pool.attention]) == (2, [3])
 
 
 def test_states_are_divided_among_gpus() -> None:
