@@ -569,6 +569,9 @@ def test_host_memory_of_the_requests_that_are_held() -> None:
     # A list of Python's numbers takes 36 bytes for each; lm-eval keeps all of them, suffix scoring two windows.
     assert 0.36 <= held("stock", submitted=64) < 1
     assert 2 * 0.36 <= held("suffix") < 1
+    # Where there are fewer requests than may be submitted, they are all.
+    few, one = (summarize([task(requests=n, context=2000)]) for n in (4, 1))
+    assert host_bytes(stock(8192), few, "stock", True) - host_bytes(stock(8192), one, "stock", True) < 0.01e9
     # The texts of all requests stay, of about four characters a token.
     assert 0.04 <= held("suffix", submitted=64) < 0.1
 
