@@ -751,6 +751,9 @@ def test_where_a_policy_says_nothing_vllm_s_defaults_hold(hardware: Hardware, to
     plan = planned("Qwen3-0.6B", hardware, [CHOICES], "published")
     chosen = plan.ladder[0].settings
     assert (chosen.max_num_batched_tokens, chosen.max_num_seqs) == (tokens, sequences)
+    # Whatever the work is; on a CPU, where a request takes much of the memory, no more than it needs.
+    few = planned("Qwen3-0.6B", hardware, [task(requests=10)], "published").ladder[0].settings
+    assert few.max_num_seqs == (sequences if hardware.gpus else 16)
     # A share of GPU memory means nothing on a CPU, where the plan gives the cache in bytes.
     given = [0.92] if hardware.gpus else []
     assert [lever.after for lever in plan.levers if lever.lever == "gpu_memory_utilization"] == [str(n) for n in given]
@@ -1040,6 +1043,7 @@ def test_a_length_that_the_user_asks_for_is_counted() -> None:
     assert plan.ladder[0].settings.max_model_len == 1024
     enough = planned("Qwen3-4B", H100, asked=ModelConfig(path="m", max_model_len=4096))
     assert enough.levers == []
+    assert planned("Qwen3-4B", H100, asked=ModelConfig(path="m", max_model_len=3008)).levers == []
     # The longest request needs 3,001; the plan would have rounded that up to 3,008.
     [lever] = planned("Qwen3-4B", H100, asked=ModelConfig(path="m", max_model_len=3001)).levers
     assert (lever.after, lever.requests_cut, lever.changes_scores) == ("3001", 0, False)
