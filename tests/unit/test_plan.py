@@ -392,6 +392,13 @@ def test_a_ladder_has_few_and_big_steps() -> None:
     caches = [rung.kv_cache_memory_bytes or 0 for rung in rungs]
     assert all(after == pytest.approx(0.85 * before, rel=0.001) for before, after in itertools.pairwise(caches))
     assert [rung.submit_batch for rung in rungs] == [8192, 8192, 2048, 512, 128, 64, 64, 64, 64, 64]
+    on_cpu = planned("SmolLM2-135M", Hardware(gpus=0, host_memory_bytes=64 * GIB, cpus=2)).ladder
+    assert [(rung.settings.max_num_batched_tokens, rung.settings.max_num_seqs) for rung in on_cpu] == [
+        (4096, 256),
+        (4096, 256),
+        (2048, 256),
+        (512, 16),
+    ]
 
 
 @pytest.mark.parametrize("gib", [11, 12, 14, 16])
