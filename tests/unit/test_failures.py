@@ -364,6 +364,8 @@ WHILE_STARTING = {"no_kv_room", "kv_below_one_request"}
         (CHOSEN, {"submit_batch": 250}, {"host_memory"}),
         (GIVEN, {"kv_cache_memory_bytes": 2**29}, {"running", "no_kv_room"}),
         (GIVEN, {"kv_cache_memory_bytes": 2**31}, {"kv_below_one_request"}),
+        # A cache of given size is no larger for what the rest leaves.
+        (GIVEN, {"max_num_batched_tokens": 2048, "enforce_eager": True}, {"running", "no_kv_room", "graph_capture"}),
         # More of anything but GPUs and cache, a dtype of as many bytes, or graphs instead of none: never.
         (CHOSEN, {"max_num_batched_tokens": 16384, "max_num_seqs": 512, "max_model_len": 8192}, set()),
         (CHOSEN, {"submit_batch": 4000}, set()),
@@ -381,6 +383,9 @@ def test_what_can_help_against_a_failure(before: EngineSettings, change: dict[st
 
 def test_of_eager_settings_those_that_stay_eager_answer_nothing() -> None:
     eager = CHOSEN.model_copy(update={"enforce_eager": True})
+    fewer = eager.model_copy(update={"max_num_seqs": 64})
+    assert answers("graph_capture", eager, fewer, on_cpu=False), "memory ended while the engine warmed up"
+    assert not answers("graph_capture", CHOSEN, CHOSEN.model_copy(update={"max_num_seqs": 64}), on_cpu=False)
     assert not answers("no_kv_room", eager, eager.model_copy(update={"submit_batch": 1}), on_cpu=False)
 
 
