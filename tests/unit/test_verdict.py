@@ -125,11 +125,13 @@ def test_paired_proportions_are_symmetric_and_sane(n: int, data: st.DataObject, 
     n=st.integers(2, 3000), m=st.integers(2, 3000), a=st.floats(0, 1), b=st.floats(0, 1), rounding=st.floats(0, 0.01)
 )
 @example(n=2, m=2, a=1 - 2**-53, b=1e-9, rounding=0.0)
+@example(n=2, m=3, a=0.0, b=1e-5, rounding=1e-12)
 def test_rounding_never_helps(n: int, m: int, a: float, b: float, rounding: float) -> None:
     exact = verdict.unpaired_proportions(a, n, b, m, 0.05)
     rounded = verdict.unpaired_proportions(a, n, b, m, 0.05, rounding)
-    assert rounded.p_equivalence >= exact.p_equivalence - 1e-12
-    assert rounded.p_difference >= exact.p_difference - 1e-9
+    # The closed form has an arccosine, which near its ends is exact to half of the digits.
+    assert rounded.p_equivalence >= exact.p_equivalence - 1e-7
+    assert rounded.p_difference >= exact.p_difference - 1e-7
     assert exact.low is not None
     assert exact.high is not None
     assert exact.low - 1e-6 <= exact.effect <= exact.high + 1e-6
