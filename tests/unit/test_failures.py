@@ -364,6 +364,9 @@ WHILE_STARTING = {"no_kv_room", "kv_below_one_request"}
         (CHOSEN, {"submit_batch": 250}, {"host_memory"}),
         (GIVEN, {"kv_cache_memory_bytes": 2**29}, {"running", "no_kv_room"}),
         (GIVEN, {"kv_cache_memory_bytes": 2**31}, {"kv_below_one_request"}),
+        (GIVEN, {"max_model_len": 2048}, {"running", "kv_below_one_request"}),
+        (GIVEN, {"kv_cache_dtype": "fp8"}, {"kv_below_one_request"}),
+        (GIVEN, {"tensor_parallel_size": 2}, {"weights_too_big", "running"} | WHILE_STARTING),
         # A cache of given size is no larger for what the rest leaves.
         (GIVEN, {"max_num_batched_tokens": 2048, "enforce_eager": True}, {"running", "no_kv_room", "graph_capture"}),
         # More of anything but GPUs and cache, a dtype of as many bytes, or graphs instead of none: never.

@@ -167,8 +167,8 @@ def test_layers_of_two_kinds_may_have_heads_of_their_own() -> None:
     common = {"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4,
               "head_dim": 16, "sliding_window": 32}  # fmt: skip
     kinds = {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}
-    wide = cache_groups(common | kinds | {"global_head_dim": 32, "num_global_key_value_heads": 2})
-    assert [group.elements_per_token for group in wide] == [2 * 2 * 32, 2 * 2 * 4 * 16]
+    wide = cache_groups(common | kinds | {"global_head_dim": 48, "num_global_key_value_heads": 2})
+    assert [group.elements_per_token for group in wide] == [2 * 2 * 48, 2 * 2 * 4 * 16]
     pattern = {"hybrid_layer_pattern": [0, 1, 1], "swa_num_key_value_heads": 8, "swa_head_dim": 12}
     assert [group.elements_per_token for group in cache_groups(common | pattern)] == [2 * 4 * 16, 2 * 2 * 8 * 12]
 
