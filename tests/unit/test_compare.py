@@ -206,7 +206,7 @@ def brought(found: dict[str, TaskSamples], task: str = "g", suite: str = "s") ->
     unit = SimpleNamespace(
         result=SimpleNamespace(suite="s", scores=[score]),
         top_tasks={task},
-        groups={"g": ["t1", "t2"]},
+        leaves={"g": ["t1", "t2"]}.get,
         samples={(name, "none"): each for name, each in found.items()},
     )
     model: Any = SimpleNamespace(label="m", units=[unit])
@@ -264,7 +264,10 @@ def evaluated(label: str, tasks: dict[str, Side]) -> Any:
         for name, each in tasks.items()
     }
     unit = SimpleNamespace(
-        result=SimpleNamespace(suite="s", scores=scores), top_tasks=set(tasks), groups={}, samples=found
+        result=SimpleNamespace(suite="s", scores=scores),
+        top_tasks=set(tasks),
+        leaves=lambda task: [task],
+        samples=found,
     )
     return SimpleNamespace(label=label, units=[unit])
 

@@ -15,7 +15,7 @@ from reproval.folders import FolderError, check_model_folder
 from reproval.memory_model import GIB, cache_bytes_per_token, weights_bytes
 from reproval.model_cache import cache_groups, layer_kinds
 from reproval.model_config import text_config
-from reproval.model_facts import facts_of, read_model
+from reproval.model_facts import facts_of, is_tied, read_model
 from reproval.model_tensors import ModelError, Tensor, read_header
 from reproval.time_model import active_parameters
 
