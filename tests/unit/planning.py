@@ -7,9 +7,7 @@ from typing import Any
 
 from architecture_data import facts
 
-from reproval.memory_model import (
-    GIB,
-)
+from reproval.memory_model import GIB
 from reproval.plan import make_plan
 from reproval.records import EngineSettings, Hardware, Plan, TaskFacts
 from reproval.settings import ModelConfig
