@@ -82,22 +82,13 @@ def write_snapshot(folder: Path, runs: list[RunFile]) -> Path:
     return _by_content(folder, "jsonl", data)
 
 
-def write_list(folder: Path, names: Sequence[str]) -> Path:
-    """Write names, one a line, to FOLDER/HASH.list unless it is there already; return its path. Raises OSError.
+def write_list(folder: Path, lines: Sequence[str], kind: str = "list") -> Path:
+    """Write lines to FOLDER/HASH.KIND unless it is there already; return its path. Raises OSError.
 
-    A command takes them as @FILE: with some thousand models they are longer than Linux lets one argument be (128 KiB),
+    A command takes names as @FILE: with some thousand models they are longer than Linux lets one argument be (128 KiB),
     and a command of Snakemake's is one argument of bash.
     """
-    data = "".join(f"{name}\n" for name in names).encode()
-    return _by_content(folder, "list", data)
-
-
-def write_setup(folder: Path, lines: Sequence[str]) -> Path:
-    """Write what every job's shell reads first to FOLDER/HASH.sh unless it is there already; return its path.
-
-    Raises OSError.
-    """
-    return _by_content(folder, "sh", "".join(f"{line}\n" for line in lines).encode())
+    return _by_content(folder, kind, "".join(f"{line}\n" for line in lines).encode())
 
 
 def _by_content(folder: Path, kind: str, data: bytes) -> Path:

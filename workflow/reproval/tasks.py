@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import random
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cache, lru_cache
 from pathlib import Path
@@ -84,7 +84,7 @@ def prepare(unit: Unit, seed: Seed) -> dict[str, Any]:
         told = next(_unknown_members(unit.task, tasks), None) or _reason(error)
         raise TaskError(f"{at}: lm-eval cannot load it{f' from {path}' if path else ''}: {told}") from error
     for name, task in loaded.items():
-        if len(files := _defined(unit.include_path).get(name, ())) > 1:
+        if len(files := _defining(unit.include_path, name)) > 1:
             raise TaskError(
                 f"suites.{unit.suite}.tasks: {name}: {' and '.join(map(str, files))} define it; expected one file, "
                 "since lm-eval takes the first; rename the other"
@@ -104,6 +104,11 @@ def prepare(unit: Unit, seed: Seed) -> dict[str, Any]:
     return loaded
 
 
+def _meant(name: str, known: Iterable[str]) -> str:
+    near = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
 def _unknown_members(name: str, tasks: Any) -> Iterator[str]:
     """Names in a group's file that nobody defines; lm-eval takes them for tasks, and misses their data set."""
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -116,9 +121,7 @@ def _unknown_members(name: str, tasks: Any) -> Iterator[str]:
         if isinstance(member, str) and member in tasks.task_index:
             yield from _unknown_members(member, tasks)
         elif isinstance(member, str):
-            near = get_close_matches(member, list(tasks.all_tasks), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            yield f"{entry.yaml_path} names {member!r}, which is no task, group or tag{hint}"
+            yield f"{entry.yaml_path} names {member!r}, which is no task, group or tag{_meant(member, tasks.all_tasks)}"
 
 
 def _reason(error: BaseException) -> str:
@@ -170,9 +173,7 @@ def _refuse_generation(at: str, generation: Mapping[str, Any] | None) -> None:
 
         for key in others:
             if not hasattr(SamplingParams, key):
-                near = get_close_matches(key, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise TaskError(f"{at}: {key!r} is nothing that vLLM knows{hint}")
+                raise TaskError(f"{at}: {key!r} is nothing that vLLM knows{_meant(key, known)}")
     until = given.get("until")
     if not isinstance(until, str | None) and not (
         isinstance(until, list) and all(isinstance(text, str) for text in until)
@@ -186,10 +187,9 @@ def _refuse_metrics(at: str, task: Any) -> None:
     for metric, function in getattr(task, "_metric_fn_list", {}).items():
         computed = COMPUTED.get(kind)
         if computed is not None and metric not in computed:
-            near = get_close_matches(metric, computed, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
             raise TaskError(
-                f"{at}: {metric!r} is not computed for output_type: {kind}; expected one of {', '.join(computed)}{hint}"
+                f"{at}: {metric!r} is not computed for output_type: {kind}; expected one of {', '.join(computed)}"
+                + _meant(metric, computed)
             )
         if function is None:
             raise TaskError(f"{at}: {metric!r} is no metric of lm-eval's, nor one that `evaluate` has in the store")
@@ -312,28 +312,26 @@ class UnknownTask(TaskError):
 
 
 @cache
-def _defined(include_path: str | None) -> dict[str, list[Path]]:
-    """The task files of a folder by the name that they give."""
+def _task_files(include_path: str | None) -> dict[Path, Any]:
+    """The content of each task file of a folder, or the error for which it cannot be read."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    found: dict[str, list[Path]] = {}
+    found: dict[Path, Any] = {}
     for path in sorted(Path(include_path).rglob("*.yaml")) if include_path else ():
-        # What cannot be read is told where a name is missing.
-        with suppress(Exception):
-            name = load_yaml(path, resolve_func=False).get("task")
-            if isinstance(name, str):
-                found.setdefault(name, []).append(path)
+        try:
+            found[path] = load_yaml(path, resolve_func=False)
+        except Exception as error:
+            found[path] = error
     return found
+
+
+def _defining(include_path: str | None, name: str) -> list[Path]:
+    """The task files that give this name. What cannot be read is told where a name is missing."""
+    files = _task_files(include_path).items()
+    return [path for path, content in files if isinstance(content, dict) and content.get("task") == name]
 
 
 def broken_files(include_path: str | None) -> list[str]:
     """Task files that lm-eval passes over without a word, and why."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    found = []
-    for path in sorted(Path(include_path).rglob("*.yaml")) if include_path else ():
-        try:
-            load_yaml(path, resolve_func=False)
-        except Exception as error:
-            found.append(f"{path}: {' '.join(str(error).split())}")
-    return found
+    files = _task_files(include_path).items()
+    return [f"{path}: {' '.join(str(error).split())}" for path, error in files if isinstance(error, Exception)]

@@ -142,8 +142,7 @@ def manifests(wildcards):
 
 def weights_note(wildcards):
     """The note that a Hub's model is there with its weights; a local folder has them."""
-    key = MODEL_KEYS[wildcards.run]
-    return [] if MODEL_PATHS[key] else [f"{STORE}/manifests/models/{key}.weights"]
+    return WEIGHTS.get(MODEL_KEYS[wildcards.run], [])
 
 
 def sampled_weights(wildcards):
@@ -194,7 +193,7 @@ MANIFESTS = [
     *expand(f"{STORE}/manifests/suites/{{suite}}.json", suite=SUITES),
 ]
 
-WEIGHTS = [f"{STORE}/manifests/models/{model}.weights" for model in MODELS if not MODEL_PATHS[model]]
+WEIGHTS = {key: f"{STORE}/manifests/models/{key}.weights" for key in MODELS if not MODEL_PATHS[key]}
 
 # Input of all that is made of evaluations, though nothing reads it there: of a job that failed Snakemake has removed the
 # old outputs, and would find what they led to up to date. The plan, which is newer, tells that it is not.
@@ -295,12 +294,13 @@ COMMANDS = {
     "evaluate": shlex.join(["engine", "-m", "reproval.evaluate", *HOW_A_JOB_IS_RUN]),
 }
 # In a file, since Snakemake prints the whole command of a job that failed, above the reason.
-SETUP = run_file.write_setup(
+SETUP = run_file.write_list(
     Path(".snakemake/reproval"),
     [
         *(f"export {name}={shlex.quote(str(value))}" for name, value in JOB_ENVIRONMENT.items()),
         *(f'{name}() {{ {command} "$@"; }}' for name, command in COMMANDS.items()),
     ],
+    kind="sh",
 )
 # Replaces Snakemake's own prefix: else the exit code of `... | tee LOG` is tee's.
 shell.prefix(f"set -euo pipefail; . {SETUP}; ")

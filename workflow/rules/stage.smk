@@ -5,7 +5,7 @@ rule stage:
     # No output: it looks at the store whenever it is asked for.
     input:
         MANIFESTS,
-        WEIGHTS,
+        WEIGHTS.values(),
         IMAGE_RECORD.values(),
     log:
         "logs/stage/store.log",
