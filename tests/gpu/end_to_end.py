@@ -31,7 +31,7 @@ import local_mmlu
 def timed(command: list[str], folder: Path, log: Path, limit: float, written: str | None = None) -> float:
     """Seconds of a command, until it ends or has left a file `written` (a pattern below `folder`); it is ended then.
 
-    Its log is shown if it fails. Raises CalledProcessError, TimeoutExpired.
+    The end of its log is shown if it fails or takes too long. Raises CalledProcessError, TimeoutExpired.
     """
     begin = time.perf_counter()
     with log.open("wb") as stream:
@@ -39,6 +39,7 @@ def timed(command: list[str], folder: Path, log: Path, limit: float, written: st
     try:
         while process.poll() is None and not (written and any(folder.glob(written))):
             if time.perf_counter() - begin > limit:
+                print(log.read_text(encoding="utf-8", errors="replace")[-1000:], flush=True)
                 raise subprocess.TimeoutExpired(command, limit)
             time.sleep(0.1)
         seconds = time.perf_counter() - begin

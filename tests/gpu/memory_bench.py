@@ -6,9 +6,10 @@ A side is stock (lm-eval's defaults), recipe (the write-up's), published or auto
 hand: `hand-TOKENS-SEQUENCES-eager` or `-graphs`, with vLLM's default utilization and our requests.
 
 Models have the shapes of real checkpoints (tests/unit/architectures) and dummy weights, which allocate what the real
-ones would. Each case is an engine of its own in a process group of its own, with a time limit, forked from a process
-that has imported vLLM and has not touched CUDA. Printed as it goes: what ran, peak by NVML beside the prediction,
-prompt tokens a second of long loglikelihood requests, generated tokens a second.
+ones would; bitsandbytes reads files, and gets zeros that take no place on the disk. Each case is an engine of its own
+in a process group of its own, with a time limit, forked from a process that has imported vLLM and has not touched CUDA.
+Printed as it goes: what ran, peak by NVML beside the prediction, prompt tokens a second of long loglikelihood requests,
+generated tokens a second.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ sys.path[:0] = [str(REPO / "workflow"), str(REPO / "tests/unit")]
 import architecture_data
 
 from reproval import failures, memory
+from reproval.model_tensors import ITEM_BITS, Tensor
 from reproval.plan import make_plan
 from reproval.records import Hardware, Plan, TaskFacts
 from reproval.settings import ModelConfig
@@ -95,7 +97,7 @@ def plan_of(name: str, policy: str, hardware: Hardware, options: argparse.Namesp
 def model_folder(name: str, tokenizer: Path, parent: Path) -> Path:
     """config.json of the shape and the tokenizer of a real model; the weights are dummies."""
     folder = parent / name
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     config = dict(architecture_data.load(name)["config"])
     config.setdefault("eos_token_id", 2)
     config.setdefault("bos_token_id", 1)
@@ -103,6 +105,19 @@ def model_folder(name: str, tokenizer: Path, parent: Path) -> Path:
     for entry in tokenizer.glob("*token*"):
         shutil.copy(entry, folder / entry.name)
     return folder
+
+
+def zero_weights(folder: Path, tensors: list[Tensor]) -> None:
+    """Sparse safetensors files of these tensors, all zeros, a layer or so in each."""
+    for number in range(0, len(tensors), 32):
+        header, end = {}, 0
+        for tensor in tensors[number : number + 32]:
+            begin, end = end, end + tensor.elements * ITEM_BITS[tensor.dtype] // 8
+            header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [begin, end]}
+        content = json.dumps(header).encode()
+        with (folder / f"model-{number:05}.safetensors").open("wb") as stream:
+            stream.write(len(content).to_bytes(8, "little") + content)
+            stream.truncate(stream.tell() + end)
 
 
 def run_case(side: str, folder: Path, plan: Plan | None, options: argparse.Namespace) -> dict[str, Any]:
@@ -118,6 +133,9 @@ def run_case(side: str, folder: Path, plan: Plan | None, options: argparse.Names
     if plan is not None:
         settings = plan.ladder[0].settings
         arguments |= settings_arguments(settings)
+        if settings.quantization == "bitsandbytes":
+            arguments["load_format"] = "bitsandbytes"
+            zero_weights(folder, architecture_data.tensors(folder.name))
         model: Any = (
             ReprovalVLLM(str(folder), submit_batch=settings.submit_batch, **arguments)
             if side == "auto"
