@@ -41,8 +41,8 @@ SETTINGS = EngineSettings(
 
 
 @contextmanager
-def started(**more: Any) -> Iterator[ReprovalVLLM]:
-    """An engine with the demo's model and SETTINGS, in this process; what it holds is given back."""
+def started(model: Path = MODEL, **more: Any) -> Iterator[ReprovalVLLM]:
+    """An engine with the demo's model, or another, and SETTINGS, in this process; what it holds is given back."""
     pytest.importorskip("vllm", reason="vLLM is not installed here")
     if not (MODEL / "config.json").exists():
         pytest.skip("needs the demo's model: make model")
@@ -55,7 +55,7 @@ def started(**more: Any) -> Iterator[ReprovalVLLM]:
         from reproval.engine import settings_arguments
         from reproval.scoring import ReprovalVLLM
 
-        lm = ReprovalVLLM(str(MODEL), **({"submit_batch": SETTINGS.submit_batch} | settings_arguments(SETTINGS) | more))
+        lm = ReprovalVLLM(str(model), **({"submit_batch": SETTINGS.submit_batch} | settings_arguments(SETTINGS) | more))
         yield lm
         del lm.model
         gc.collect()

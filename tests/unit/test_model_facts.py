@@ -397,9 +397,24 @@ def test_shards_of_the_index_and_no_other_file(checkpoint: Path) -> None:
 def test_one_file_without_index(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors.index.json").unlink()
     assert read_model(checkpoint).parameters == 256
-    # Some checkpoints carry their weights a second time under another name.
-    write_safetensors(checkpoint / "model.safetensors", {"model.embed_tokens.weight": ("BF16", [16, 8], 256)})
-    assert read_model(checkpoint).parameters == 128
+
+
+@pytest.mark.parametrize(
+    ("again", "told"),
+    [
+        ("model.safetensors", "model-2.safetensors and model.safetensors both hold lm_head.weight"),
+        ("consolidated.safetensors", "remove consolidated.safetensors"),
+    ],
+)
+def test_weights_that_lie_there_twice_are_refused_where_no_index_tells_which_count(
+    checkpoint: Path, again: str, told: str
+) -> None:
+    """vLLM loads both, one over the other."""
+    write_safetensors(checkpoint / again, {"lm_head.weight": ("BF16", [16, 8], 256)})
+    assert read_model(checkpoint).parameters == 256
+    (checkpoint / "model.safetensors.index.json").unlink()
+    with pytest.raises(ModelError, match=told):
+        read_model(checkpoint)
 
 
 def test_quantization_in_a_file_beside_the_configuration(checkpoint: Path) -> None:

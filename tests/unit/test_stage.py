@@ -77,6 +77,17 @@ def test_a_hub_model_is_stored_at_its_commit_without_what_nobody_reads(tmp_path:
         assert entry.sha256 == hashlib.sha256(FILES[entry.path]).hexdigest()
 
 
+@pytest.mark.parametrize("where", ["consolidated.safetensors", "original/consolidated-00001.safetensors"])
+def test_weights_in_mistrals_own_layout_are_not_fetched_a_second_time(tmp_path: Path, hub: str, where: str) -> None:
+    for name, data in {where: b"other bytes", "params.json": b"{}"}.items():
+        Hub.files[name] = Hub.promised[name] = data
+    done = run(tmp_path, hub, {"hub": "org/m", "revision": COMMIT})
+    assert done.returncode == 0, done.stderr
+    manifest = read_record(tmp_path / "manifest.json", ModelManifest)
+    assert {entry.path for entry in manifest.files} == {*FILES, "params.json"} - {"pytorch_model.bin", "modeling.py"}
+    assert not list(Path(tmp_path / manifest.folder).rglob("consolidated*"))
+
+
 def test_code_of_a_checkpoint_is_fetched_only_if_it_is_asked_for(tmp_path: Path, hub: str) -> None:
     done = run(tmp_path, hub, {"hub": "org/m", "revision": COMMIT, "trust_remote_code": True})
     assert done.returncode == 0, done.stderr
@@ -274,8 +285,10 @@ def test_a_local_folder_stays_where_it_is_and_is_measured(tmp_path: Path) -> Non
     folder.mkdir()
     for name, data in FILES.items():
         (folder / name).write_bytes(data)
+    (folder / "consolidated.safetensors").write_bytes(b"the same in Mistral's layout, which is not read")
     manifest = stage.stage_model("m", ModelConfig(path=str(folder)), tmp_path / "store")
     assert manifest.source == "local"
+    assert {entry.path for entry in manifest.files} == {"config.json", "tokenizer.json", "model.safetensors"}
     before = manifest.digest
     (folder / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0[]")
     assert stage.stage_model("m", ModelConfig(path=str(folder)), tmp_path / "store").digest != before

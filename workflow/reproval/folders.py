@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -181,6 +181,17 @@ def model_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def second_copies(names: Iterable[str]) -> set[str]:
+    """Weights in Mistral's own layout, `consolidated*.safetensors`, that lie beside the same in transformers' layout.
+
+    Left to itself vLLM takes these, and Mistral's configuration and tokenizer with them (`is_mistral_model_repo`,
+    vllm/transformers_utils/repo_utils.py, which looks into folders too); facts and requests are of the other ones.
+    """
+    weights = {name for name in names if name.endswith(".safetensors")}
+    second = {name for name in weights if Path(name).name.startswith("consolidated")}
+    return second if weights - second else set()
 
 
 def _check_weights(folder: Path, names: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""How the engine reads weights from where they lie. It changes no score, only how long the start takes.
+"""What the engine is told of a model's files: which of them to read, and how. Beyond that it changes no score.
 
 vLLM 0.32 maps safetensors files into memory and reads them page by page; on NFS and Lustre it first reads them whole
 into the page cache ("prefetch"), if they fit 90 % of the free memory (weight_utils.safetensors_weights_iterator). Other
@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Literal
+
+from reproval.folders import second_copies
 
 NETWORK = {
     "9p",
@@ -57,8 +59,12 @@ def file_system(path: Path, mounts: Path = Path("/proc/mounts")) -> str | None:
 
 
 def arguments(folder: Path) -> dict[str, str]:
-    """What LLM() is told of reading the model in `folder`."""
-    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    """Arguments of lm-eval's vLLM model for the files in `folder`."""
+    second = second_copies(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name not in second)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     chosen = strategy(file_system(folder), weights, free)
-    return {"safetensors_load_strategy": chosen} if chosen else {}
+    told: dict[str, str] = {"safetensors_load_strategy": chosen} if chosen else {}
+    if second:
+        told |= dict.fromkeys(("config_format", "load_format", "tokenizer_mode"), "hf")
+    return told

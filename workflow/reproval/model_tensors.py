@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reproval.folders import LONGEST_HEADER_BYTES
+from reproval.folders import LONGEST_HEADER_BYTES, second_copies
 from reproval.records import TensorTotal
 
 HEADERS = ".headers"
@@ -58,12 +58,28 @@ def read_tensors(folder: Path) -> list[Tensor]:
     else:
         awaited = (path.stem for path in (folder / HEADERS).glob("*.safetensors.json"))
         names = sorted({*(path.name for path in folder.glob("*.safetensors")), *awaited})
-        if "model.safetensors" in names:
-            # Some checkpoints carry a second copy beside it (consolidated.safetensors).
-            names = ["model.safetensors"]
+        if second := sorted(second_copies(names)):
+            raise ModelError(
+                f"{folder}: holds its weights twice and no {index.name}, so vLLM would load {', '.join(names)}; remove "
+                f"{', '.join(second)}, or name a folder of links to the other files"
+            )
     if not names:
         raise ModelError(f"{folder}: has no *.safetensors file; other weight formats are not planned for")
-    return [tensor for name in names for tensor in _tensors_of(folder, name)]
+    found = [(name, tensor) for name in names for tensor in _tensors_of(folder, name)]
+    if not index.exists():
+        _refuse_twice(folder, found)
+    return [tensor for _, tensor in found]
+
+
+def _refuse_twice(folder: Path, found: list[tuple[str, Tensor]]) -> None:
+    """Raise ModelError for a tensor in two files: without an index vLLM loads both, one over the other."""
+    places: dict[str, str] = {}
+    for name, tensor in found:
+        if (other := places.setdefault(tensor.name, name)) != name:
+            raise ModelError(
+                f"{folder}: {other} and {name} both hold {tensor.name}, and no model.safetensors.index.json says which "
+                "counts; remove the one that is not the model, or download the index too"
+            )
 
 
 def _tensors_of(folder: Path, name: str) -> list[Tensor]:

@@ -22,7 +22,7 @@ from typing import Any
 
 from reproval import download
 from reproval.files import RecordError, atomic, read_record, sha256_file, sha256_json, write_record
-from reproval.folders import walk
+from reproval.folders import second_copies, walk
 from reproval.records import DatasetSource, ModelManifest, StoredFile, TaskManifest
 from reproval.run_file import RunFile, first_of_suite, of_model
 from reproval.settings import ModelConfig
@@ -78,7 +78,8 @@ def stage_model(name: str, model: ModelConfig, store: Path) -> ModelManifest:
             folder, revision, promised, awaited = fetch_model(name, model, store, patterns)
         except Unreachable as error:
             return kept_model(name, model, store, error)
-    files = list_files(folder, patterns, [file.path for file in awaited])
+    unread = second_copies(path.relative_to(folder).as_posix() for path in walk(folder))
+    files = list_files(folder, patterns, unread | {file.path for file in awaited})
     for entry in files:
         path = folder / entry.path
         if not _is_promised(path, entry, promised.get(entry.path)):
@@ -156,16 +157,17 @@ def fetch_model(
         info = HfApi().model_info(model.hub, revision=model.revision, files_metadata=True)
         assert info.sha is not None
         folder = store / "models" / f"{name}-{info.sha[:12]}"
+        unread = second_copies(entry.rfilename for entry in info.siblings or [])
         large = [
             StoredFile(path=entry.rfilename, size_bytes=entry.lfs.size, sha256=entry.lfs.sha256)
             for entry in info.siblings or []
             if entry.lfs is not None and entry.lfs.size >= download.LARGE_BYTES
-            if any(Path(entry.rfilename).match(pattern) for pattern in patterns)
+            if any(Path(entry.rfilename).match(pattern) for pattern in patterns) and entry.rfilename not in unread
         ]
         awaited = [file for file in large if file.path.endswith(WEIGHTS)]
         download.fetch_headers(model.hub, info.sha, [file.path for file in awaited], folder)
         fetch_files(model.hub, info.sha, [file for file in large if file not in awaited], folder)
-        others = [glob.escape(file.path) for file in large]
+        others = [glob.escape(path) for path in (*unread, *(file.path for file in large))]
         snapshot_download(
             model.hub, revision=info.sha, local_dir=folder, allow_patterns=patterns, ignore_patterns=others
         )
