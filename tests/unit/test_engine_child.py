@@ -182,6 +182,7 @@ def test_the_engine_is_told_what_the_plan_chose_and_nothing_that_it_left_open(na
     assert {key: arguments[key] for key in chosen} == chosen
     assert len({"gpu_memory_utilization", "kv_cache_memory_bytes"} & set(arguments)) == 1
     assert arguments["trust_remote_code"] is False
+    assert arguments["language_model_only"] is True, "of a model for images too, only what text needs"
     assert arguments["tensor_parallel_size"] == 1
     assert "distributed_executor_backend" not in arguments
 

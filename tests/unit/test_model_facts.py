@@ -44,10 +44,25 @@ def test_enough_architectures() -> None:
         ("OLMoE-1B-7B-0924", 1.3),  # arXiv:2409.02060
         ("Jamba-v0.1", 12),  # arXiv:2403.19887
         ("Qwen3-4B", 4.02),  # dense: all of them
+        (
+            "gemma-3-4b-it",
+            0.675 + 3.209,
+        ),  # embedding and the rest, without the vision encoder; arXiv:2503.19786, table 1
     ],
 )
 def test_active_parameters(name: str, billions: float) -> None:
     assert active_parameters(facts(name)) / 1e9 == pytest.approx(billions, rel=0.03)
+
+
+def test_towers_for_images_count_for_the_size_and_take_no_memory() -> None:
+    found = facts("gemma-3-4b-it")
+    assert found.tower_parameters / 1e9 == pytest.approx(0.417, rel=0.01), "arXiv:2503.19786, table 1"
+    text = found.parameters - found.tower_parameters
+    assert weights_bytes(found, "bfloat16", None) == found.checkpoint_bytes == 2 * text
+    assert weights_bytes(found, "bfloat16", "fp8") < 2 * text
+    content = load("gemma-3-4b-it")
+    alone = {key: value for key, value in content["config"].items() if key != "vision_config"}
+    assert facts_of(alone, tensors("gemma-3-4b-it")).tower_parameters == 0, "names alone are no reason"
 
 
 def test_a_maximum_that_a_nested_configuration_leaves_out_is_its_class_s() -> None:

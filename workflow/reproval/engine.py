@@ -126,7 +126,12 @@ def settings_arguments(settings: EngineSettings) -> dict[str, Any]:
 
 def engine_arguments(task: ChildTask) -> dict[str, Any]:
     """What lm-eval's model class passes on to LLM()."""
-    model = {"pretrained": task.model_folder, "trust_remote_code": task.run.run.model.trust_remote_code}
+    model = {
+        "pretrained": task.model_folder,
+        "trust_remote_code": task.run.run.model.trust_remote_code,
+        # Of a model that also takes images or sound neither towers nor processors; it means nothing to any other.
+        "language_model_only": True,
+    }
     # Several nodes: a Ray cluster that is up, named as Ray's own programs find it. vLLM would not look for it.
     ray = {"distributed_executor_backend": "ray"} if os.environ.get("RAY_ADDRESS") else {}
     return model | settings_arguments(task.settings) | ray | loading.arguments(Path(task.model_folder))

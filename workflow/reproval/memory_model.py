@@ -132,15 +132,16 @@ def weights_bytes(facts: ModelFacts, dtype: Dtype, quantization: str | None, ten
     in `dtype`. Norms are not divided by tensor parallelism, which is neglected.
     """
     item = item_bytes(dtype)
+    parameters = facts.parameters - facts.tower_parameters
     if facts.quantization is not None:
         total: float = sum(
             tensor.elements * item if tensor.dtype in _CAST_ON_LOAD else tensor.size_bytes for tensor in facts.tensors
         )
         total += 3 * facts.nested_absmax_elements
     elif quantization is None:
-        total = facts.parameters * item
+        total = parameters * item
     else:
-        rest = facts.parameters - facts.linear_parameters
+        rest = parameters - facts.linear_parameters
         total = facts.linear_parameters * _QUANTIZED_BYTES[quantization] + rest * item
     return math.ceil(total / tensor_parallel_size)
 

@@ -15,6 +15,7 @@ from reproval.model_tensors import (
     Tensor,
     is_expert,
     is_linear,
+    is_tower,
     loaded,
     logical_elements,
     nested_absmax_elements,
@@ -54,6 +55,10 @@ def facts_of(config: Config, tensors: Iterable[Tensor]) -> ModelFacts:
         kept = [tensor for tensor in kept if not _HEAD.search(tensor.name)]
     bits = model_config.packed_bits(quantization)
     logical = {tensor.name: logical_elements(tensor, bits, bool(quantization)) for tensor in kept}
+    parameters = sum(logical.values())
+    if "vision_config" in config or "audio_config" in config:
+        kept = [tensor for tensor in kept if not is_tower(tensor.name)]
+        logical = {tensor.name: logical[tensor.name] for tensor in kept}
     by_dtype: Counter[str] = Counter()
     for tensor in kept:
         by_dtype[tensor.dtype] += logical[tensor.name]
@@ -64,7 +69,8 @@ def facts_of(config: Config, tensors: Iterable[Tensor]) -> ModelFacts:
     return ModelFacts(
         architecture=(config.get("architectures") or text.get("architectures") or ["unknown"])[0],
         model_type=str(config.get("model_type") or text.get("model_type") or "unknown"),
-        parameters=sum(logical.values()),
+        parameters=parameters,
+        tower_parameters=parameters - sum(logical.values()),
         checkpoint_bytes=sum(stored_bytes(tensor) for tensor in kept),
         tensors=totals(kept),
         linear_parameters=sum(n for name, n in logical.items() if is_linear(name)),

@@ -196,6 +196,19 @@ def loaded(tensors: Iterable[Tensor], layers: int, speculative: bool) -> list[Te
     return list(seen.values())
 
 
+# What vLLM's models of images and sound build within `_mark_tower_model`, by its usual names. A tower by another name
+# is counted as if it were loaded.
+_TOWER = re.compile(
+    r"(model\.)?(vision_tower|vision_model|vision_encoder|visual|audio_tower|multi_modal_projector|embed_vision"
+    r"|embed_audio|vision_language_adapter|pre_mm_projector_norm|patch_merger)\."
+)
+
+
+def is_tower(name: str) -> bool:
+    """Whether a tensor of a model that also takes images or sound is of no use for text."""
+    return _TOWER.match(name) is not None
+
+
 def stored_bytes(tensor: Tensor) -> int:
     if tensor.dtype not in ITEM_BITS:
         raise ModelError(f"tensor {tensor.name}: storage dtype {tensor.dtype!r} is not known")

@@ -131,6 +131,10 @@ class ModelFacts(Part):
     architecture: str
     model_type: str
     parameters: int = Field(description="Logical parameters: tied tensors once, packed 4-bit tensors unpacked.")
+    tower_parameters: int = Field(
+        default=0,
+        description="Those of towers for images and sound, which are not loaded; none of the below counts them.",
+    )
     checkpoint_bytes: int = Field(description="Bytes of all tensors as they are stored, tied tensors once.")
     tensors: list[TensorTotal]
     linear_parameters: int = Field(

@@ -77,10 +77,10 @@ def gpu_speed(name: str | None) -> tuple[float, float]:
 
 
 def active_parameters(facts: ModelFacts) -> int:
-    """Parameters that one token meets: all but the experts that it is not sent to."""
-    if not facts.experts:
-        return facts.parameters
-    idle = facts.expert_parameters * (facts.experts - facts.experts_per_token) // facts.experts
+    """Parameters that one token meets: all but the experts that it is not sent to, and towers for images and sound."""
+    idle = facts.tower_parameters
+    if facts.experts:
+        idle += facts.expert_parameters * (facts.experts - facts.experts_per_token) // facts.experts
     return facts.parameters - idle
 
 
