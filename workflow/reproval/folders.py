@@ -183,15 +183,18 @@ def model_config(folder: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def second_copies(names: Iterable[str]) -> set[str]:
-    """Weights in Mistral's own layout, `consolidated*.safetensors`, that lie beside the same in transformers' layout.
+def unread_weights(names: Iterable[str]) -> set[str]:
+    """Safetensors files of a model that are not to be read; `names` are its files' paths within its folder.
 
-    Left to itself vLLM takes these, and Mistral's configuration and tokenizer with them (`is_mistral_model_repo`,
-    vllm/transformers_utils/repo_utils.py, which looks into folders too); facts and requests are of the other ones.
+    Those in folders below are other versions of it (gpt-oss has `original/`), and vLLM does not look there. Those named
+    `consolidated*` hold the weights again in Mistral's own layout. Left to itself vLLM takes these, and Mistral's
+    configuration and tokenizer with them (`is_mistral_model_repo`, vllm/transformers_utils/repo_utils.py); facts and
+    requests are of the other ones.
     """
     weights = {name for name in names if name.endswith(".safetensors")}
-    second = {name for name in weights if Path(name).name.startswith("consolidated")}
-    return second if weights - second else set()
+    here = {name for name in weights if "/" not in name}
+    again = {name for name in here if name.startswith("consolidated")}
+    return weights - ((here - again) or here)
 
 
 def _check_weights(folder: Path, names: list[str]) -> None:

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from reproval.folders import second_copies
+from reproval.folders import unread_weights
 
 NETWORK = {
     "9p",
@@ -60,11 +60,11 @@ def file_system(path: Path, mounts: Path = Path("/proc/mounts")) -> str | None:
 
 def arguments(folder: Path) -> dict[str, str]:
     """Arguments of lm-eval's vLLM model for the files in `folder`."""
-    second = second_copies(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
-    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name not in second)
+    unread = unread_weights(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name not in unread)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     chosen = strategy(file_system(folder), weights, free)
     told: dict[str, str] = {"safetensors_load_strategy": chosen} if chosen else {}
-    if second:
+    if any(Path(name).name.startswith("consolidated") for name in unread):
         told |= dict.fromkeys(("config_format", "load_format", "tokenizer_mode"), "hf")
     return told

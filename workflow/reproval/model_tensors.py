@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reproval.folders import LONGEST_HEADER_BYTES, second_copies
+from reproval.folders import LONGEST_HEADER_BYTES, unread_weights
 from reproval.records import TensorTotal
 
 HEADERS = ".headers"
@@ -58,10 +58,10 @@ def read_tensors(folder: Path) -> list[Tensor]:
     else:
         awaited = (path.stem for path in (folder / HEADERS).glob("*.safetensors.json"))
         names = sorted({*(path.name for path in folder.glob("*.safetensors")), *awaited})
-        if second := sorted(second_copies(names)):
+        if again := sorted(unread_weights(names)):
             raise ModelError(
                 f"{folder}: holds its weights twice and no {index.name}, so vLLM would load {', '.join(names)}; remove "
-                f"{', '.join(second)}, or name a folder of links to the other files"
+                f"{', '.join(again)}, or name a folder of links to the other files"
             )
     if not names:
         raise ModelError(f"{folder}: has no *.safetensors file; other weight formats are not planned for")

@@ -22,7 +22,7 @@ from typing import Any
 
 from reproval import download
 from reproval.files import RecordError, atomic, read_record, sha256_file, sha256_json, write_record
-from reproval.folders import second_copies, walk
+from reproval.folders import unread_weights, walk
 from reproval.records import DatasetSource, ModelManifest, StoredFile, TaskManifest
 from reproval.run_file import RunFile, first_of_suite, of_model
 from reproval.settings import ModelConfig
@@ -78,7 +78,7 @@ def stage_model(name: str, model: ModelConfig, store: Path) -> ModelManifest:
             folder, revision, promised, awaited = fetch_model(name, model, store, patterns)
         except Unreachable as error:
             return kept_model(name, model, store, error)
-    unread = second_copies(path.relative_to(folder).as_posix() for path in walk(folder))
+    unread = unread_weights(path.relative_to(folder).as_posix() for path in walk(folder))
     files = list_files(folder, patterns, unread | {file.path for file in awaited})
     for entry in files:
         path = folder / entry.path
@@ -157,7 +157,7 @@ def fetch_model(
         info = HfApi().model_info(model.hub, revision=model.revision, files_metadata=True)
         assert info.sha is not None
         folder = store / "models" / f"{name}-{info.sha[:12]}"
-        unread = second_copies(entry.rfilename for entry in info.siblings or [])
+        unread = unread_weights(entry.rfilename for entry in info.siblings or [])
         large = [
             StoredFile(path=entry.rfilename, size_bytes=entry.lfs.size, sha256=entry.lfs.sha256)
             for entry in info.siblings or []
