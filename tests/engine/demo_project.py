@@ -126,7 +126,7 @@ class Project:
             environment="cpu.txt sha256:00",
             store="resources",
         )
-        tokenizer = encoder(str(MODEL), False)
+        tokenizer = encoder(str(MODEL), ModelConfig())
         counted = [entry for unit in units for entry in unit_facts(unit, None, tokenizer)]
         self.facts = Facts(run=NAME, model="m", model_digest="1" * 64, model_facts=read_model(MODEL), tasks=counted)
         self.manifest = ModelManifest(model="m", source="local", folder=str(MODEL), files=[], digest="1" * 64)

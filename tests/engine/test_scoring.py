@@ -221,6 +221,26 @@ def test_generation_equals_stock_and_equal_prompts_are_generated_once(model: Rep
     assert model.paths["gen"].duplicates == 0
 
 
+def test_thoughts_are_taken_from_answers_as_stock_takes_them(
+    model: ReprovalVLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task's own stop, here a full stop, does not end a thought, and ends the answer that follows it."""
+    from lm_eval.api.instance import Instance
+
+    def answers(end: str | None, scoring: Literal["auto", "stock"]) -> list[str]:
+        monkeypatch.setattr(model, "think_end_token", end)
+        model.scoring = scoring
+        settings = {"until": ["."], "max_gen_toks": 40, "do_sample": False}
+        asked = ["The capital of France is Paris. The capital of", "One, two. Three, four. Five, six."]
+        requests = [Instance("generate_until", {}, (text, dict(settings)), 0, ("gen", 0, 1)) for text in asked]
+        return model.generate_until(requests, disable_tqdm=True)
+
+    spoken = answers(None, "auto")
+    (word, *_) = spoken[0].split()
+    assert answers(word, "auto") == answers(word, "stock") != spoken
+    assert all("." not in text for text in answers(word, "auto"))
+
+
 @pytest.mark.parametrize("scoring", ["auto", "stock"])
 def test_a_prompt_that_is_cut_for_generation_is_counted(model: ReprovalVLLM, scoring: Literal["auto", "stock"]) -> None:
     from lm_eval.api.instance import Instance

@@ -40,7 +40,7 @@ def unit(task: str, **settings: Any) -> Unit:
 def silent() -> Any:
     """A model that answers nothing sensible, and keeps the tokens that lm-eval itself makes of its requests."""
 
-    class Silent(type(encoder(str(MODEL), False))):  # type: ignore[misc]
+    class Silent(type(encoder(str(MODEL), ModelConfig()))):  # type: ignore[misc]
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> Any:
             self.pairs = [(context, continuation) for _, context, continuation in requests]
             return [(0.0, False)] * len(requests)
@@ -131,13 +131,13 @@ def test_a_template_is_compiled_once_for_all_prompts(monkeypatch: pytest.MonkeyP
     manager(TASKS)
     utils.env.from_string.cache_clear()
     monkeypatch.setattr(utils.env, "compile", counted)
-    unit_facts(unit("demo_opposites"), None, encoder(str(MODEL), False))
+    unit_facts(unit("demo_opposites"), None, encoder(str(MODEL), ModelConfig()))
     assert compiled
     assert len(compiled) == len(set(compiled))
 
 
 def test_every_choice_of_the_one_token_task_is_one_token() -> None:
-    (facts,) = unit_facts(unit("demo_opposites"), None, encoder(str(MODEL), False))
+    (facts,) = unit_facts(unit("demo_opposites"), None, encoder(str(MODEL), ModelConfig()))
     assert facts.one_token_continuations == facts.requests
     # The shots are shared: most of every context is in the cache already.
     assert facts.unique_prefix_tokens < facts.context_tokens / 4
@@ -145,7 +145,7 @@ def test_every_choice_of_the_one_token_task_is_one_token() -> None:
 
 def test_the_hash_of_a_task_follows_its_prompts_and_nothing_else() -> None:
     def hash_of(**settings: Any) -> str:
-        return unit_facts(unit("demo_opposites", **settings), None, encoder(str(MODEL), False))[0].task_hash
+        return unit_facts(unit("demo_opposites", **settings), None, encoder(str(MODEL), ModelConfig()))[0].task_hash
 
     assert hash_of() == hash_of()
     assert len({hash_of(), hash_of(num_fewshot=1), hash_of(limit=3), hash_of(apply_chat_template=True)}) == 4
@@ -154,7 +154,7 @@ def test_the_hash_of_a_task_follows_its_prompts_and_nothing_else() -> None:
 def test_the_hash_of_a_task_follows_the_answers_that_are_right(tmp_path: Path) -> None:
     def hash_of(folder: Path) -> str:
         entry = unit("demo_opposites").model_copy(update={"include_path": str(folder)})
-        return unit_facts(entry, None, encoder(str(MODEL), False))[0].task_hash
+        return unit_facts(entry, None, encoder(str(MODEL), ModelConfig()))[0].task_hash
 
     corrected = shutil.copytree(TASKS, tmp_path / "corrected")
     data = corrected / "data/opposites.jsonl"
@@ -196,22 +196,35 @@ def test_the_chat_template_that_is_named_is_applied() -> None:
         asked(True)
 
 
-def test_prompts_are_rendered_as_lm_evals_model_renders_them() -> None:
-    model = encoder(str(MODEL), False)
+@pytest.mark.parametrize(
+    ("told", "prompt"),
+    [
+        ({}, "/nothink"),
+        ({"enable_thinking": False}, "/nothink"),
+        ({"enable_thinking": True, "think_end_token": "</think>", "chat_template_args": {"effort": "low"}}, "low"),
+    ],
+)
+def test_prompts_are_rendered_as_lm_evals_model_renders_them(told: dict[str, Any], prompt: str) -> None:
+    model = encoder(str(MODEL), ModelConfig(**told))
     # As GLM-4.5 and others tell what was left out from what is not true.
-    model.tokenizer.chat_template = "{% if enable_thinking is defined and not enable_thinking %}/nothink{% endif %}"
+    model.tokenizer.chat_template = (
+        "{% if enable_thinking is defined and not enable_thinking %}/nothink{% endif %}{{ effort }}"
+    )
     theirs = pytest.importorskip("lm_eval.models.vllm_causallms").VLLM
     default = signature(theirs.__init__).parameters["enable_thinking"].default
     stock = SimpleNamespace(
-        tokenizer=model.tokenizer, hf_chat_template=None, enable_thinking=default, chat_template_args={}
+        tokenizer=model.tokenizer,
+        hf_chat_template=None,
+        enable_thinking=told.get("enable_thinking", default),
+        chat_template_args=told.get("chat_template_args", {}),
     )
     history = [{"role": "user", "content": "?"}]
-    assert model.apply_chat_template(history) == theirs.apply_chat_template(stock, history)
+    assert model.apply_chat_template(history) == theirs.apply_chat_template(stock, history) == prompt
 
 
 def test_an_unknown_task_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(UnknownTask, match="did you mean 'demo_opposites'"):
-        unit_facts(unit("demo_oposites"), None, encoder(str(MODEL), False))
+        unit_facts(unit("demo_oposites"), None, encoder(str(MODEL), ModelConfig()))
 
 
 def test_the_same_samples_make_the_same_file(tmp_path: Path) -> None:
@@ -271,6 +284,7 @@ class Counting:
         task: str = "sums",
         environment: str = "lock",
         seed: int | None = None,
+        told: dict[str, Any] | None = None,
         **settings: Any,
     ) -> Facts:
         """As `python -m reproval.facts` finds them."""
@@ -281,7 +295,7 @@ class Counting:
             unsafe_code=False,
             settings=TaskSettings(**({"limit": 6} | settings)),
         )
-        asked = ModelConfig(path=str(self.model(model)))
+        asked = ModelConfig(path=str(self.model(model)), **(told or {}))
         run = RunFile(
             run=Run(name=f"{model}-000000000000", model_name=model, model=asked, units=[unit], identity={}),
             hardware=Hardware(gpus=0, host_memory_bytes=2**33, cpus=2),
@@ -396,6 +410,14 @@ def test_a_model_that_cannot_be_read_is_named(counting: Counting, file: str, old
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ModelError, match=said):
         counting.facts("small")
+
+
+def test_a_model_that_thinks_is_refused_tasks_that_read_log_probabilities(counting: Counting) -> None:
+    told = {"enable_thinking": True, "think_end_token": "</think>"}
+    assert counting.facts("small", task="sums_drawn", told=told, apply_chat_template=True).tasks
+    with pytest.raises(ModelError, match="enable_thinking: true, and sums_asked and 1 more are scored by log-prob"):
+        counting.facts("small", told=told, apply_chat_template=True)
+    assert counting.facts("small", told=told | {"enable_thinking": False}, apply_chat_template=True).tasks
 
 
 def test_a_configuration_of_other_weights_is_refused_before_anything_is_counted(counting: Counting) -> None:

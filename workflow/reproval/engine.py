@@ -131,6 +131,7 @@ def engine_arguments(task: ChildTask) -> dict[str, Any]:
         "trust_remote_code": task.run.run.model.trust_remote_code,
         # Of a model that also takes images or sound neither towers nor processors; it means nothing to any other.
         "language_model_only": True,
+        **task.run.run.model.thinking,
     }
     # Several nodes: a Ray cluster that is up, named as Ray's own programs find it. vLLM would not look for it.
     ray = {"distributed_executor_backend": "ray"} if os.environ.get("RAY_ADDRESS") else {}

@@ -32,6 +32,7 @@ from reproval.collect import (
     prompts_cut,
     score_interval,
     task_settings,
+    thinking,
 )
 from reproval.files import sha256_file, sha256_json
 from reproval.keep import SAMPLES
@@ -165,6 +166,7 @@ def _model_info(model: ModelData, unit: UnitData, manifests: Manifests, identity
                     "files_sha256": unit.result.engine.get("model"),
                     "parameters": model.evaluation.plan.parameters,
                     **settings,
+                    **thinking(unit),
                     "trust_remote_code": unit.result.engine.get("trust_remote_code"),
                     "score_changing_levers": [f"{v.lever}: {v.before} -> {v.after}" for v in unit.result.score_levers]
                     or None,

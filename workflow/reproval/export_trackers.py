@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from reproval import report_facts
-from reproval.collect import ModelData, engine_settings, rows
+from reproval.collect import ModelData, engine_settings, rows, thinking
 from reproval.manifests import Manifests
 from reproval.scrub import scrub
 
@@ -70,7 +70,7 @@ def tracked(model: ModelData, manifests: Manifests, project: Path) -> TrackedRun
         "tier": evaluation.plan.tier,
         "policy": evaluation.plan.policy,
         "repeat": evaluation.repeat,
-        **(engine_settings(first, evaluation) if first else {}),
+        **(engine_settings(first, evaluation) | thinking(first) if first else {}),
         "tasks": ", ".join(f"{unit.result.suite}/{unit.result.task}" for unit in model.units),
     }
     facts: dict[str, str] = report_facts.facts_of(first) if first else {}

@@ -32,7 +32,7 @@ def make_facts(run: RunFile, manifest: ModelManifest, results: Path) -> Facts:
     trusted = run.run.model.trust_remote_code
     _refuse_unknown(folder, config.get("model_type"), trusted)
     try:
-        model = encoder(manifest.folder, trusted)
+        model = encoder(manifest.folder, run.run.model)
         tokenizer = model.tokenizer
     except Exception as error:
         raise ModelError(
@@ -48,6 +48,7 @@ def make_facts(run: RunFile, manifest: ModelManifest, results: Path) -> Facts:
     tasks: list[TaskFacts] = []
     for unit in run.run.units:
         tasks += unit_facts(unit, run.seed, model, counted)
+    _refuse_thoughts(run, tasks)
     known = known_tokens(tensors, found.vocab_size)
     for task in tasks:
         # vLLM pads the embedding with zeros, and takes some of such tokens without a word.
@@ -64,6 +65,17 @@ def make_facts(run: RunFile, manifest: ModelManifest, results: Path) -> Facts:
         model_facts=found,
         tasks=tasks,
     )
+
+
+def _refuse_thoughts(run: RunFile, tasks: list[TaskFacts]) -> None:
+    """Raise ModelError for a model that is to think over tasks that read log-probabilities: lm-eval refuses them."""
+    scored = sorted({task.task for task in tasks if task.request_type == "loglikelihood"})
+    if run.run.model.enable_thinking and scored:
+        are = f" and {len(scored) - 1} more are" if len(scored) > 1 else " is"
+        raise ModelError(
+            f"enable_thinking: true, and {scored[0]}{are} scored by log-probabilities; expected tasks that generate "
+            "text; give this model suites of such tasks, or a second entry without enable_thinking for the others"
+        )
 
 
 def _refuse_unknown(folder: Path, model_type: Any, trusted: bool) -> None:

@@ -38,6 +38,7 @@ def engine_identity(run: RunFile, facts: Facts, settings: EngineSettings) -> dic
         "trust_remote_code": run.run.model.trust_remote_code,
         "seed": settings.seed,
         "batch_invariant": run.batch_invariant,
+        **run.run.model.thinking,
     }
 
 

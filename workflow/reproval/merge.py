@@ -30,6 +30,7 @@ from reproval.records import (
     ShardUnit,
 )
 from reproval.run_file import RunFile
+from reproval.settings import ModelConfig
 from reproval.shards import Answers, assign, read_answers, request_name
 from reproval.task_facts import encoder
 
@@ -106,14 +107,14 @@ def collect_answers(shards: Sequence[Shard]) -> Answers:
 # --- lm-eval with answers in place of an engine ----------------------------------------------------------------------
 
 
-def answering(folder: str, trust_remote_code: bool, max_length: int, shards: int) -> Any:
+def answering(folder: str, asked: ModelConfig, max_length: int, shards: int) -> Any:
     """An lm-eval LM that has the model's tokenizer, for prompts, and whatever answers it was given by `take`.
 
     It raises MergeError for a request without an answer.
     """
     from lm_eval.models.utils import configure_pad_token
 
-    base = type(encoder(folder, trust_remote_code))
+    base = type(encoder(folder, asked))
 
     class Answering(base):  # type: ignore[misc, valid-type]
         def __init__(self) -> None:
@@ -214,8 +215,7 @@ def merge(
     kept = {entry.key for entry in units if keep.find(Path(entry.folder), entry.key)}
     if pending := [entry for entry in units if entry.key not in kept]:
         answers = collect_answers(files)
-        trusted = run.run.model.trust_remote_code
-        model = answering(manifest.folder, trusted, shards[0].settings.max_model_len, len(shards))
+        model = answering(manifest.folder, run.run.model, shards[0].settings.max_model_len, len(shards))
         for entry in pending:
             print(f"[{run.run.name}] merging {entry.unit.name} of {len(shards)} shards", file=sys.stderr, flush=True)
             merge_unit(entry, run, model, shards, answers.get(entry.key, {}))

@@ -58,10 +58,30 @@ class ModelConfig(Section):
     trust_remote_code: bool = Field(
         default=False, description="Run Python code that comes with the checkpoint. Off unless asked for each model."
     )
+    enable_thinking: bool | None = Field(
+        default=None,
+        description="Whether the model thinks before it answers, for a chat template that asks; true needs "
+        "`think_end_token`. Changes scores.",
+    )
+    think_end_token: Text | None = Field(
+        default=None,
+        description="Text that ends the thoughts of a model, such as `</think>`. What follows it is judged, and no "
+        "text of `until` ends a thought. Changes scores.",
+    )
+    chat_template_args: dict[str, str | int | float | bool] | None = Field(
+        default=None,
+        description="Other variables of the chat template, such as `{reasoning_effort: high}`. Changes scores.",
+    )
     gated: bool = Field(
         default=False, description="The Hub asks for a token: `stage` fails early if HF_TOKEN is not set."
     )
     suites: list[Name] | None = Field(default=None, min_length=1, description="Suites this model runs; default: all.")
+
+    @property
+    def thinking(self) -> dict[str, Any]:
+        """How it is told to think, as arguments of lm-eval's model; empty for a model of which nothing is said."""
+        names = {"enable_thinking", "think_end_token", "chat_template_args"}
+        return self.model_dump(include=names, exclude_none=True)
 
 
 class Generation(Section):

@@ -16,7 +16,7 @@ from reproval.folders import model_config
 from reproval.records import ModelManifest, RequestType, TaskFacts
 from reproval.requests import Tokens, windows
 from reproval.seeds import Seed
-from reproval.settings import Unit
+from reproval.settings import ModelConfig, Unit
 from reproval.shards import answer_tokens
 from reproval.tasks import built
 
@@ -25,8 +25,8 @@ BLOCK_TOKENS = 16
 _NOT_THE_TOKENIZERS = ("*.safetensors", "*.safetensors.index.json", "generation_config.json")
 
 
-def encoder(folder: str, trust_remote_code: bool) -> Any:
-    """An lm-eval LM that has a tokenizer and no model.
+def encoder(folder: str, asked: ModelConfig) -> Any:
+    """An lm-eval LM that has a tokenizer and no model; `asked` says how its chat template is to be rendered.
 
     It encodes as lm-eval's vLLM backend does (special tokens unless the text already starts with BOS), through
     lm-eval's own helpers; importing that backend would import vLLM, which takes longer than the counting.
@@ -41,7 +41,7 @@ def encoder(folder: str, trust_remote_code: bool) -> Any:
 
         def __init__(self) -> None:
             super().__init__()
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=asked.trust_remote_code)
 
         @property
         def eot_token_id(self) -> int:
@@ -82,7 +82,8 @@ def encoder(folder: str, trust_remote_code: bool) -> Any:
                         continue_final_message=not add_generation_prompt,
                         chat_template=self.hf_chat_template,
                         # Templates tell None from absent.
-                        enable_thinking=None,
+                        enable_thinking=asked.enable_thinking,
+                        **(asked.chat_template_args or {}),
                     )
                 )
 
