@@ -45,11 +45,13 @@ def hub() -> Iterator[str]:
 
 
 def run(
-    folder: Path, endpoint: str, model: dict[str, Any], weights: bool = True, **environment: str
+    folder: Path, endpoint: str, model: dict[str, Any], weights: bool = True, name: str = "m", **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """`python -m reproval.stage model` as the rule calls it, and then `weights`."""
     entry = run_file()
-    asked = entry.run.model_copy(update={"model": ModelConfig(**model), "identity": {"model": model, "units": []}})
+    identity = {"model": model, "units": []}
+    update = {"name": f"{name}-{0:012}", "model_name": name, "model": ModelConfig(**model), "identity": identity}
+    asked = entry.run.model_copy(update=update)
     changed = RunFile(**(dict(entry) | {"run": asked, "store": str(folder / "store")}))
     snapshot = write_snapshot(folder, [changed])
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
@@ -140,6 +142,20 @@ def test_a_plan_needs_no_more_of_large_weights_than_their_headers(tmp_path: Path
     assert (folder / "model.safetensors").read_bytes() == LARGE
     assert read_tensors(folder) == [Tensor("w", "U8", (len(DATA),))]
     assert (tmp_path / "manifest.json").read_bytes() == planned, "what was planned would be planned again"
+
+
+def test_two_models_of_one_commit_have_one_copy_of_the_weights(tmp_path: Path, hub: str) -> None:
+    Hub.files["model.safetensors"] = Hub.promised["model.safetensors"] = LARGE
+    model = {"hub": "org/m", "revision": COMMIT}
+    assert run(tmp_path, hub, model).returncode == 0
+    first = next((tmp_path / "store").rglob("model.safetensors"))
+    for content, fetched in ((LARGE, False), (LARGE[:-1] + b"!", True)):
+        first.write_bytes(content)
+        assert run(tmp_path, hub, model, name="other").returncode == 0
+        (second,) = {*(tmp_path / "store").rglob("model.safetensors")} - {first}
+        assert second.read_bytes() == LARGE, "what is damaged there is not taken from there"
+        assert second.samefile(first) != fetched
+        second.unlink()
 
 
 def test_until_weights_have_come_only_they_may_be_missing(

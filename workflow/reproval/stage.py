@@ -132,12 +132,26 @@ def stage_weights(manifest: ModelManifest) -> None:
     missing = [entry for entry in weights if not (folder / entry.path).exists()]
     if wrong := troubles(folder, [entry for entry in weights if entry not in missing], deep=True):
         raise StageError("\n  ".join([f"models.{name}: remove these files and run `snakemake stage` again:", *wrong]))
+    missing = [entry for entry in missing if not _shared(folder, entry)]
     if not missing:
         return
     assert manifest.hub_id is not None
     assert manifest.revision is not None
     with _reaching(name, manifest.hub_id, manifest.revision):
         fetch_files(manifest.hub_id, manifest.revision, missing, folder)
+
+
+def _shared(folder: Path, file: StoredFile) -> bool:
+    """Link a file of the same commit that another model of the store has, such as one with other settings."""
+    commit = folder.name.rpartition("-")[2]
+    for other in sorted(folder.parent.glob(f"*-{commit}/{glob.escape(file.path)}")):
+        if other.stat().st_size == file.size_bytes and sha256_file(other) == file.sha256:
+            try:
+                os.link(other, folder / file.path)
+            except OSError:  # no hard links here
+                return False
+            return True
+    return False
 
 
 def fetch_model(
