@@ -49,6 +49,7 @@ class Model:
     cut: int = 0
     provenance: dict[str, Any] = field(default_factory=dict)
     remote_code: bool = False
+    thinking: dict[str, Any] = field(default_factory=dict)
     repeat: int = 0
     flips: float = 0.05  # share of the questions that a repeat answers otherwise
 
@@ -371,6 +372,7 @@ def write_project(
                     "trust_remote_code": model.remote_code,
                     "seed": 1234,
                     "batch_invariant": False,
+                    **model.thinking,
                 },
                 "suite": task.suite,
                 "task": task.name,

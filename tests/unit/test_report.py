@@ -20,6 +20,7 @@ from reproval import (
     report_facts,
     report_html,
     report_markdown,
+    reproduce_settings,
     scrub,
     statistics,
     templates,
@@ -159,6 +160,22 @@ def test_requests_that_were_kept_earlier_make_no_throughput(tmp_path: Path) -> N
     assert (capitals.requests_per_s, capitals.tokens_per_s) == (None, None)
     assert (physics.requests_per_s, physics.tokens_per_s) == (12.0, None)
     assert sums.tokens_per_s is not None
+
+
+def test_how_a_model_thinks_stands_beside_its_scores(tmp_path: Path) -> None:
+    told = {"enable_thinking": True, "think_end_token": "</think>", "chat_template_args": {"effort": "low"}}
+    models = (synthetic.Model("plain"), synthetic.Model("thinks", thinking=told))
+    project = synthetic.write_project(tmp_path, models, synthetic.DEMO_TASKS[:1])
+    loaded = collect.load(project.results, project.evaluations)
+    plain, thinks = (next(row for row in collect.rows([model])) for model in loaded)
+    assert [plain[name] for name in told] == [None, None, None]
+    assert [thinks[name] for name in told] == [True, "</think>", '{"effort": "low"}']
+    facts = report.build(loaded).provenance.by_model
+    assert {"enable thinking": "True", "think end token": "</think>"}.items() <= facts["thinks"].items()
+    assert "enable thinking" not in facts["plain"]
+    assert [each.what for each in reproduce_settings.between_runs(*(m.units[0] for m in loaded), "capitals")][1:4] == [
+        "thinking", "end of thoughts", "chat template arguments: effort",
+    ]  # fmt: skip
 
 
 def test_what_marks_scores_is_said_first(tmp_path: Path) -> None:

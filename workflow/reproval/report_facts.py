@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from reproval import collect
-from reproval.collect import ModelData, UnitData
+from reproval.collect import ModelData, UnitData, thinking
 from reproval.files import RecordError
 from reproval.manifests import Manifests
 from reproval.records import Attempt, ModelManifest, Provenance, ScoringPath, UnitResult
@@ -253,6 +253,7 @@ def _made_with(unit: UnitData, p: Provenance) -> dict[str, str]:
         "seeds": ", ".join(f"{k}={v}" for k, v in sorted(p.seeds.items())),
         "batch invariant": "yes" if p.batch_invariant else "no",
         **{f"variable {name}": value for name, value in p.engine_variables.items()},
+        **{name.replace("_", " "): value for name, value in thinking(unit).items()},
         "chat template SHA-256": unit.result.lm_eval.get("chat_template_sha"),
         "special tokens": _special_tokens(unit.result.lm_eval),
     }
