@@ -623,6 +623,13 @@ def test_levers_that_change_no_score_are_not_marked() -> None:
     assert "*" not in shown
 
 
+def test_repeats_of_a_model_are_one_line_of_the_table() -> None:
+    plan = planned("Qwen3-4B", H100)
+    once, thrice = table([plan]), table([plan] * 3)
+    assert "Qwen3-4B, each of 3 " in thrice
+    assert thrice.count("\n") == once.count("\n")
+
+
 def test_a_wrong_tiers_file_ends_with_its_problem(
     files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

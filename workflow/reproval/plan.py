@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -252,13 +253,17 @@ def _advice(case: Case, first: EngineSettings) -> str:
 
 
 def table(plans: list[Plan]) -> str:
-    """What `snakemake plan` prints: a line for each model, and below it what cannot run and what would help."""
+    """What `snakemake plan` prints: a line for each model, and below it what cannot run and what would help.
+
+    Repeats of a model differ in nothing but seeds, and are one line.
+    """
     head = ("model", "parameters", "tier", "levers", "predicted peak", "estimated time")
-    lines = [text_table(head, [_row(plan) for plan in plans])]
-    for plan in plans:
-        if not plan.fits:
-            lines += ["", f"{plan.model} cannot run. {plan.advice}"]
-    marked = [plan.model for plan in plans if any(lever.changes_scores for lever in plan.levers)]
+    rows = Counter(_row(plan) for plan in plans)
+    named = [(f"{name}, each of {n}" if n > 1 else name, *rest) for (name, *rest), n in rows.items()]
+    lines = [text_table(head, named)]
+    for refused in dict.fromkeys(f"{plan.model} cannot run. {plan.advice}" for plan in plans if not plan.fits):
+        lines += ["", refused]
+    marked = dict.fromkeys(plan.model for plan in plans if any(lever.changes_scores for lever in plan.levers))
     if marked:
         lines += ["", f"* changes scores, which are marked in every result: {', '.join(marked)}"]
     return "\n".join(lines)
