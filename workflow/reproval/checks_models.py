@@ -14,8 +14,9 @@ from reproval.problems import Report, listing, nearest, show
 from reproval.strictyaml import KeyPath
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-RENDERED = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "chat_template")
 REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
+# Arguments of a tokenizer's apply_chat_template beside the template's own variables, as lm-eval calls it.
+RENDERING = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "chat_template")
 
 
 def check_model(report: Report, at: KeyPath, workdir: Path, folders: dict[Path, FolderError | None]) -> None:
@@ -195,7 +196,7 @@ def _thinking(report: Report, at: KeyPath, model: dict[Any, Any]) -> None:
                 expected="enable_thinking as a key of the model: lm-eval sets it from there",
                 mend=f"move it out: models.{at[-1]}.enable_thinking",
             )
-        elif name in RENDERED:
+        elif name in RENDERING:
             report.add(
                 (*at, "chat_template_args", name),
                 found=f"{name}, which lm-eval gives itself",
