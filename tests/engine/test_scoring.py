@@ -213,6 +213,7 @@ def test_generation_equals_stock_and_equal_prompts_are_generated_once(model: Rep
 
     ours = model.generate_until(requests(sampled=False), disable_tqdm=True)
     assert model.paths["gen"].duplicates == 2
+    assert model.paths["gen"].ended_by_length == sum(len(model.tok_encode(text)) == 8 for text in ours) > 0
     model.scoring = "stock"
     assert ours == model.generate_until(requests(sampled=False), disable_tqdm=True)
     model.scoring = "auto"
@@ -252,7 +253,8 @@ def test_a_prompt_that_is_cut_for_generation_is_counted(model: ReprovalVLLM, sco
         [Instance("generate_until", {}, (text, dict(settings)), 0, ("long", n, 1)) for n, text in enumerate(texts)],
         disable_tqdm=True,
     )
-    assert model.paths["long"] == ScoringPath(requests=2, stock=2, cut=1)
+    path = model.paths["long"]
+    assert path == ScoringPath(requests=2, stock=2, cut=1, ended_by_length=path.ended_by_length)
 
 
 def test_a_prompt_without_room_beside_its_answer_counts_as_cut(model: ReprovalVLLM) -> None:
@@ -316,6 +318,8 @@ def test_an_interrupted_call_goes_on_from_the_cache(model: ReprovalVLLM, tmp_pat
     ]
     plain = model.loglikelihood(requests, disable_tqdm=True)
     texts = model.generate_until(generate, disable_tqdm=True)
+    ended = model.paths["g"].ended_by_length
+    assert ended
     model.reset_paths()
     model.submit_batch = 4
 
@@ -344,7 +348,7 @@ def test_an_interrupted_call_goes_on_from_the_cache(model: ReprovalVLLM, tmp_pat
     again = model.loglikelihood(requests, disable_tqdm=True)
     assert model.generate_until(generate, disable_tqdm=True) == texts
     assert model.paths["kept"].cached == 24
-    assert model.paths["g"].cached == 6
+    assert (model.paths["g"].cached, model.paths["g"].ended_by_length) == (6, ended)
     model.request_cache.close()
     assert len(again) == 24
     model.request_cache = RequestCache(tmp_path, "another model")

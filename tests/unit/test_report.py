@@ -241,6 +241,26 @@ def test_an_accuracy_made_of_no_numbers_is_not_passed_over(tmp_path: Path) -> No
     assert any("log-probabilities of strong are not numbers" in notice.text for notice in built.notices)
 
 
+def test_answers_that_their_length_ended_are_counted_and_thoughts_without_an_end_told(tmp_path: Path) -> None:
+    models = (synthetic.Model("plain"), synthetic.Model("thinks", thinking={"think_end_token": "</think>"}))
+    project = synthetic.write_project(tmp_path, models, synthetic.DEMO_TASKS)
+    for path in project.results.glob("tasks/*/demo.sums-*/result.json"):
+        result = read_record(path, UnitResult)
+        paths = {task: each.model_copy(update={"ended_by_length": 3}) for task, each in result.paths.items()}
+        write_record(path, result.model_copy(update={"paths": paths}))
+    loaded = collect.load(project.results, project.evaluations)
+    built = report.build(loaded)
+    assert [(cut.model, cut.cut, cut.ended_by_length) for cut in built.cuts] == [("plain", 0, 3), ("thinks", 0, 3)]
+    assert [notice.text for notice in built.notices] == [
+        "Answers of thinks reached max_gen_toks. What has no think_end_token by then is judged as it is, though it may "
+        "be a thought."
+    ]
+    ended = {row["task"]: row["answers_ended_by_length"] for row in collect.rows(loaded)}
+    assert ended.pop("sums") == 3
+    assert set(ended.values()) == {0}
+    assert "| plain | sums | 0 | 3 |" in report_markdown.render(built)
+
+
 def test_a_plain_evaluation_has_no_notices(built: Report, models: list[collect.ModelData]) -> None:
     assert report.build(models[:1]).notices == []
     assert len(built.notices) == 2
@@ -297,7 +317,7 @@ def test_the_markdown_has_every_headline_number_and_every_section(built: Report)
             assert f"({words.number(cell.low)} to {words.number(cell.high)})" in text
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == [
         "What each model scored", "What was done to make each model fit", "Memory, predicted and measured",
-        "Time and throughput", "Failures and retries", "Cut prompts", "Provenance", "How to reproduce",
+        "Time and throughput", "Failures and retries", "Cut prompts and answers", "Provenance", "How to reproduce",
     ]  # fmt: skip
 
 

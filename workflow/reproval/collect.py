@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from reproval import statistics
 from reproval.files import RecordError, atomic, read_record
 from reproval.keep import RESULT, SAMPLES
-from reproval.records import Evaluation, Facts, Score, UnitReference, UnitResult
+from reproval.records import Evaluation, Facts, Score, ScoringPath, UnitReference, UnitResult
 from reproval.samples import SampleKey, TaskSamples, read_all
 from reproval.statistics import Floats, Interval
 
@@ -224,6 +224,7 @@ SCHEMA = pa.schema(
         ("score_levers_pulled", pa.bool_()),
         ("score_levers", pa.string()),
         ("prompts_cut", pa.int64()),
+        ("answers_ended_by_length", pa.int64()),
         ("limit", pa.float64()),
         ("chat_template", pa.string()),
         ("fewshot_as_multiturn", pa.bool_()),
@@ -295,7 +296,16 @@ def package_version(packages: dict[str, str], name: str) -> str | None:
 
 def prompts_cut(unit: UnitData, task: str) -> int:
     """Requests of a task, or of all tasks below a group, that were cut from the left to fit."""
-    return sum(unit.result.paths[leaf].cut for leaf in unit.leaves(task) if leaf in unit.result.paths)
+    return sum(path.cut for path in _paths(unit, task))
+
+
+def answers_ended_by_length(unit: UnitData, task: str) -> int:
+    """Answers of a task, or of all tasks below a group, that reached max_gen_toks."""
+    return sum(path.ended_by_length for path in _paths(unit, task))
+
+
+def _paths(unit: UnitData, task: str) -> list[ScoringPath]:
+    return [unit.result.paths[leaf] for leaf in unit.leaves(task) if leaf in unit.result.paths]
 
 
 def rows(models: Iterable[ModelData]) -> list[dict[str, Any]]:
@@ -356,6 +366,7 @@ def rows(models: Iterable[ModelData]) -> list[dict[str, Any]]:
                         "repeat_sd": noise.sd if noise else None,
                         "n_shot": result.n_shot.get(score.task),
                         "prompts_cut": prompts_cut(unit, score.task),
+                        "answers_ended_by_length": answers_ended_by_length(unit, score.task),
                         "task_version": None if version is None else str(version),
                         "task_hash": result.task_hashes.get(score.task),
                     }

@@ -25,6 +25,7 @@ import yaml
 from reproval.collect import (
     ModelData,
     UnitData,
+    answers_ended_by_length,
     engine_settings,
     finite,
     is_mean,
@@ -220,6 +221,7 @@ def _result(unit: UnitData, score: Score, manifests: Manifests) -> dict[str, Any
                     "task_version": result.versions.get(score.task),
                     "task_hash": result.task_hashes.get(score.task),
                     "prompts_cut": prompts_cut(unit, score.task),
+                    "answers_ended_by_length": answers_ended_by_length(unit, score.task),
                 }
             ),
         },

@@ -392,6 +392,7 @@ class ScoringPath(Part):
     stock: int = Field(default=0, description="lm-eval's own request: all prompt rows.")
     second_pass: int = Field(default=0, description="Asked again with the prefix cache unread.")
     cut: int = Field(default=0, description="Cut from the left to fit max_model_len.")
+    ended_by_length: int = Field(default=0, description="Generated up to max_gen_toks, without a stop before.")
     not_a_number: int = Field(default=0, description="With a log-probability that is NaN.")
 
 

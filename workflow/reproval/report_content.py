@@ -154,6 +154,7 @@ class Cut(Part):
     suite: str
     task: str
     cut: int
+    ended_by_length: int
     requests: int
     max_model_len: int | None
     longest_request_tokens: int | None

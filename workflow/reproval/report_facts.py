@@ -178,13 +178,14 @@ def cuts(model: ModelData) -> list[Cut]:
             suite=unit.result.suite,
             task=task,
             cut=path.cut,
+            ended_by_length=path.ended_by_length,
             requests=path.requests,
             max_model_len=collect.engine_settings(unit, model.evaluation)["max_model_len"],
             longest_request_tokens=longest.get((unit.result.suite, task)),
         )
         for unit in model.units
         for task, path in unit.result.paths.items()
-        if path.cut
+        if path.cut or path.ended_by_length
     ]
 
 
@@ -201,6 +202,11 @@ def without_numbers(result: UnitResult) -> bool:
 def with_remote_code(result: UnitResult) -> bool:
     """Whether the model's own Python code was allowed to run."""
     return bool(result.engine.get("trust_remote_code"))
+
+
+def with_endless_thoughts(result: UnitResult) -> bool:
+    """Whether a model that thinks was ended by the length of its answer, perhaps in a thought."""
+    return bool(result.engine.get("think_end_token")) and any(p.ended_by_length for p in result.paths.values())
 
 
 def with_changed_workflow(result: UnitResult) -> bool:

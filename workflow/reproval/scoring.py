@@ -420,23 +420,25 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
             len(requests), self.on_progress, disable_tqdm or self.rank != 0, "Running generate_until requests"
         )
         texts: dict[int, str] = {}
-        answered: dict[bytes, str] = {}
+        answered: dict[bytes, tuple[str, bool]] = {}  # the text, and whether only its length ended it
         seen: Counter[bytes] = Counter()
         waiting: dict[bytes, list[_Prompt]] = {}
 
-        def give(prompt: _Prompt, raw: str) -> None:
+        def give(prompt: _Prompt, raw: str, by_length: bool) -> None:
             text = postprocess_generated_text(raw, prompt.shown["until"], self.think_end_token)
             texts[prompt.position] = text
+            self._counts[prompt.task]["ended_by_length"] += by_length
             self.cache_hook.add_partial("generate_until", (prompt.context, prompt.shown), text)
             progress.add()
 
         def job(digest: bytes, prompt: _Prompt) -> Job:
             def finish(output: RequestOutput) -> None:
-                raw = answered[digest] = output.outputs[0].text
+                (answer,) = output.outputs
+                answered[digest] = answer.text, answer.finish_reason == "length"
                 if self.request_cache is not None:
-                    self.request_cache.put(digest, raw)
+                    self.request_cache.put(digest, list(answered[digest]))
                 for each in waiting.pop(digest):
-                    give(each, raw)
+                    give(each, *answered[digest])
 
             return Job(prompt.tokens.tolist(), prompt.params, finish)
 
@@ -450,21 +452,21 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
                     counts = self._counts[prompt.task]
                     counts.update(requests=1, cut=int(prompt.cut))
                     told = json.dumps(prompt.shown | {"stop": prompt.params.stop}, sort_keys=True, default=repr)
-                    digest = self._digest("generate_until", prompt.tokens.tobytes(), told.encode())
+                    digest = self._digest("generated", prompt.tokens.tobytes(), told.encode())
                     if prompt.params.temperature >= GREEDY_TEMPERATURE:
                         # Every draw is a request of its own; a kept one stands for the draw of the same number.
                         seen[digest] += 1
                         digest = self._digest("draw", digest, seen[digest].to_bytes(8, "little"))
                     if digest in answered:
                         counts["duplicates"] += 1
-                        give(prompt, answered[digest])
+                        give(prompt, *answered[digest])
                     elif digest in waiting:
                         counts["duplicates"] += 1
                         waiting[digest].append(prompt)
                     elif (kept := self._kept(digest)) is not None:
                         counts["cached"] += 1
-                        answered[digest] = kept
-                        give(prompt, kept)
+                        answered[digest] = (kept[0], kept[1])
+                        give(prompt, *answered[digest])
                     else:
                         counts["stock"] += 1
                         waiting[digest] = [prompt]

@@ -89,14 +89,15 @@ def notices(
     fits: Sequence[Fit],
     lines: Sequence[Headline],
     cuts: Sequence[Cut],
+    endless: Sequence[str],
     broken: Sequence[str],
     remote: Sequence[str],
     changed: Sequence[str],
 ) -> list[Notice]:
     """What to know before using a number.
 
-    `broken` are models with log-probabilities that are NaN, `remote` those whose own code was allowed to run, `changed`
-    those that a changed workflow evaluated.
+    `endless` are models that think and reached the length of their answers, `broken` those with log-probabilities that
+    are NaN, `remote` those whose own code was allowed to run, `changed` those that a changed workflow evaluated.
     """
     found = []
     if marked := [fit.model for fit in fits if fit.changes_scores]:
@@ -111,11 +112,17 @@ def notices(
         found.append(Notice(text=f"{text}for publishing.", section="provenance"))
     prompts: dict[str, int] = {}
     for cut in cuts:
-        prompts[cut.model] = prompts.get(cut.model, 0) + cut.cut
+        if cut.cut:
+            prompts[cut.model] = prompts.get(cut.model, 0) + cut.cut
     if prompts:
         each = some([f"{number:,} for {model}" for model, number in prompts.items()])
         text = f"Prompts that were longer than the engine's length lost their beginning: {each}."
         found.append(Notice(text=text, section="cuts"))
+    if endless:
+        text = (
+            f"Answers of {some(endless)} reached max_gen_toks. What has no think_end_token by then is judged as it is, "
+        )
+        found.append(Notice(text=f"{text}though it may be a thought.", section="cuts"))
     no_scores = [c.model for line in lines for c in line.cells if c and not math.isfinite(c.value)]
     if names := list(dict.fromkeys([*no_scores, *broken])):
         text = f"Scores or log-probabilities of {some(names)} are not numbers, as weights make them that are damaged "
