@@ -15,7 +15,8 @@ from examples import engine_settings, model_facts, run_file, task_facts
 
 from reproval import engine, evaluate, files, provenance, scrub
 from reproval.plan import make_plan
-from reproval.records import Facts, Hardware, ModelFacts, ModelManifest, UnitResult
+from reproval.records import EngineSettings, Facts, Hardware, ModelFacts, ModelManifest, UnitResult
+from reproval.run_file import RunFile
 from reproval.settings import ModelConfig
 from reproval.tiers import load_tiers
 
@@ -165,20 +166,24 @@ def test_a_job_that_cannot_run_says_so_in_the_plan_s_words(
     assert words in str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["gpu_memory_utilization", "kv_cache_memory_bytes"])
-def test_the_engine_is_told_what_the_plan_chose_and_nothing_that_it_left_open(name: str) -> None:
-    chosen = {"gpu_memory_utilization": 0.6} if name == "gpu_memory_utilization" else {"kv_cache_memory_bytes": 2**30}
-    settings = engine_settings(**({"kv_cache_memory_bytes": None} | chosen))
-    task = engine.ChildTask(
-        run=run_file(),
-        settings=settings,
+def child_task(run: RunFile | None = None, settings: EngineSettings | None = None) -> engine.ChildTask:
+    """What a child is told that has no units."""
+    return engine.ChildTask(
+        run=run or run_file(),
+        settings=settings or engine_settings(),
         model_folder="m",
         request_cache="r",
         score_levers=[],
         units=[],
         kept_tokens=0,
     )
-    arguments = engine.engine_arguments(task)
+
+
+@pytest.mark.parametrize("name", ["gpu_memory_utilization", "kv_cache_memory_bytes"])
+def test_the_engine_is_told_what_the_plan_chose_and_nothing_that_it_left_open(name: str) -> None:
+    chosen = {"gpu_memory_utilization": 0.6} if name == "gpu_memory_utilization" else {"kv_cache_memory_bytes": 2**30}
+    settings = engine_settings(**({"kv_cache_memory_bytes": None} | chosen))
+    arguments = engine.engine_arguments(child_task(settings=settings))
     assert {key: arguments[key] for key in chosen} == chosen
     assert len({"gpu_memory_utilization", "kv_cache_memory_bytes"} & set(arguments)) == 1
     assert arguments["trust_remote_code"] is False
@@ -207,26 +212,13 @@ def test_the_engine_is_told_how_its_model_thinks() -> None:
     told = {"enable_thinking": True, "think_end_token": "</think>", "chat_template_args": {"effort": "low"}}
     thinking = run_file().run.model_copy(update={"model": ModelConfig(path="m", **told)})
     for run, expected in ((run_file(), {}), (run_file(run=thinking), told)):
-        task = engine.ChildTask(
-            run=run,
-            settings=engine_settings(),
-            model_folder="m",
-            request_cache="r",
-            score_levers=[],
-            units=[],
-            kept_tokens=0,
-        )
-        arguments = engine.engine_arguments(task)
+        arguments = engine.engine_arguments(child_task(run=run))
         assert {key: arguments[key] for key in told if key in arguments} == expected
 
 
 def test_a_ray_cluster_that_is_named_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    settings = engine_settings(tensor_parallel_size=16)
-    task = engine.ChildTask(
-        run=run_file(), settings=settings, model_folder="m", request_cache="r", score_levers=[], units=[], kept_tokens=0
-    )
-    arguments = engine.engine_arguments(task)
+    arguments = engine.engine_arguments(child_task(settings=engine_settings(tensor_parallel_size=16)))
     assert (arguments["distributed_executor_backend"], arguments["tensor_parallel_size"]) == ("ray", 16)
 
 

@@ -204,13 +204,14 @@ def _thinking(report: Report, at: KeyPath, model: dict[Any, Any]) -> None:
                 mend=f"delete {name}",
             )
     told = [key for key in ("enable_thinking", "chat_template_args") if model.get(key) is not None]
-    if told and not any(_has_template(report.section(("suites", name))) for name in _asked(report, model)):
+    suites = [("suites", name) for name in _asked(report, model)]
+    if told and not any(_has_template(report.section(suite)) for suite in suites):
         report.add(
             (*at, told[0]),
             found=f"{told[0]} where no suite of this model has apply_chat_template",
             expected="a chat template, which alone reads it",
             mend=f"add apply_chat_template: true to a suite, or delete {told[0]}",
-            reads=[("suites", name, "apply_chat_template") for name in _asked(report, model)],
+            reads=[(*suite, "apply_chat_template") for suite in suites],
         )
 
 
