@@ -410,7 +410,7 @@ def test_every_class_of_memory_has_an_answer() -> None:
     assert named - {"not_memory", "gpu_busy"} <= set(known.answers)
 
 
-# --- what vLLM 0.32.0 wrote (real runs; paths shortened). gpu_*: an H200, by tests/gpu/ladder_bench.py ----------------
+# --- what vLLM 0.32.0 wrote (real runs; paths shortened). gpu_*: an H200 or H100, by tests/gpu/ladder_bench.py --------
 
 REAL = Path(__file__).parent / "engine_logs"
 
@@ -437,6 +437,7 @@ REAL = Path(__file__).parent / "engine_logs"
             "no_kv_room",
             "torch.OutOfMemoryError: CUDA out of memory. Tried to",
         ),
+        ("gpu_weights_too_big", 1, "weights", "weights_too_big", "torch.OutOfMemoryError: CUDA out of memory."),
         ("gpu_graph_capture", 1, "capture", "graph_capture", "Exception in aoti_torch: CUDA out of memory."),
     ],
 )
