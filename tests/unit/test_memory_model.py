@@ -44,7 +44,7 @@ def test_measured_peaks_of_qwen3_4b(runner: Any, tokens: int, gib: float) -> Non
     assert found.peak_bytes / GIB == pytest.approx(gib, rel=0.01)
 
 
-@pytest.mark.parametrize("row", MEASURED["rows"], ids=lambda row: f"{row['model']}-{row['runner']}-{row['side']}")
+@pytest.mark.parametrize("row", MEASURED["rows"], ids=lambda row: f"{row['model']}-{row['side']}-{row['requests']}")
 def test_measured_peaks(row: dict[str, Any]) -> None:
     """NVML on an H100, tests/gpu/memory_bench.py: within 2 %."""
     work = summarize(

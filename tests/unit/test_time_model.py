@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import yaml
 from architecture_data import facts
-from planning import CHOICES, H100, planned, stock, task
+from planning import CHOICES, H100, ROOT, planned, stock, task
 
 from reproval.memory_model import (
     GIB,
@@ -13,15 +16,18 @@ from reproval.memory_model import (
 from reproval.records import Hardware
 from reproval.time_model import estimate, gpu_speed
 
+MEASURED = yaml.safe_load((ROOT / "tests/unit/measured_rates.yaml").read_text(encoding="utf-8"))["rows"]
 
-def test_measured_throughput_is_reproduced_by_the_estimate() -> None:
-    """Measured: 256 requests of 500 and 256 tokens on an H100, 6,952 tokens/s eager and 11,606 with graphs."""
-    kind = task("generate_until", requests=256, context=500, continuation=0, generated=256, longest=756, shared=0)
-    work = summarize([kind])
-    for eager, rate in ((True, 6952), (False, 11606)):
-        chosen = stock(8192).model_copy(update={"enforce_eager": eager, "max_num_seqs": 256})
-        found = estimate(facts("Qwen3-4B"), work, chosen, H100)
-        assert 256 * 256 / found.work_s == pytest.approx(rate, rel=0.06)
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row['model']}-{row['requests']}-{row['mode']}")
+def test_measured_generation_is_reproduced_by_the_estimate(row: dict[str, Any]) -> None:
+    """H100s, requests of 500 and 256 tokens, all running at once: each of several runs within a factor of 1.8."""
+    n = row["requests"]
+    work = summarize([task("generate_until", n, 500, 0, generated=256, longest=756, shared=0)])
+    chosen = stock(8192).model_copy(update={"enforce_eager": row["mode"] == "eager", "max_num_seqs": 1024})
+    estimated = n * 256 / estimate(facts(row["model"]), work, chosen, H100).work_s
+    for rate in row["tokens_per_s"]:
+        assert 1 / 1.8 < estimated / rate < 1.8
 
 
 def test_measured_speed_on_two_cores_is_reproduced_by_the_estimate() -> None:
@@ -46,14 +52,14 @@ def test_requests_take_a_millisecond_of_python_however_fast_the_gpu_is() -> None
 
 
 def test_measured_starts_of_an_engine() -> None:
-    """On an H100 with a 4B model and dummy weights, 35 s eager and 93 s with graphs; real ones are also read."""
+    """On H100s with a 4B model and dummy weights, 35 s eager and 93 to 140 s with graphs; real ones are also read."""
     eager, graphs = (
         planned("Qwen3-4B", H100, [work]).time
         for work in (CHOICES, task("generate_until", 20_000, 500, 0, generated=256, longest=800))
     )
     assert eager is not None
     assert graphs is not None
-    assert graphs.engine_start_s - eager.engine_start_s == pytest.approx(93 - 35)
+    assert 93 - 35 < graphs.engine_start_s - eager.engine_start_s < 140 - 35
     assert 35 < eager.engine_start_s < 50
 
 

@@ -31,29 +31,32 @@ _CPU_CORE = (120e9, 10e9)
 parameters on two cores, as measured with prompt logprobs on a busy machine; the second is assumed."""
 
 START_EAGER_S = 35.0
-START_GRAPHS_S = 93.0
-"""Measured on an H100 with a 4B model and dummy weights."""
+GRAPHS_START_S_PER_LAYER = 2.2
+"""Measured on H100s with dummy weights: 35 s with the imports, and with graphs 1.6 to 2.9 s a layer more (28 to 42
+layers), most of it torch.compile."""
 START_CPU_S = 30.0
 """Measured on two cores, eager and with the cache given in bytes, which spares the warm-up of 37 s."""
 READ_BYTES_PER_S = 1e9
 """Assumed: weights from the store."""
 PREFILL_EFFICIENCY = 0.5
 BANDWIDTH_EFFICIENCY = 0.7
-"""Shares of peak operations in prefill and of peak bandwidth in decode: assumed, and together fitted to the one
+"""Shares of peak operations in prefill and of peak bandwidth in decode: assumed, and together fitted to one
 measurement with graphs, 11,606 tokens/s on an H100 (256 requests, 500 tokens in, 256 out, Qwen3-4B)."""
 REQUEST_S, REQUEST_CPU_S = 1e-3, 0.08
 """Least for one request: 1 ms of Python measured beside a GPU; on two CPU cores, of the 24 s that 234 short requests
 to a 135M model were measured to take, what arithmetic does not explain."""
-EAGER_STEP_S_PER_LAYER = 0.41e-3
-"""Fitted to the same measurement without graphs, 6,952 tokens/s: what launching the kernels of 36 layers adds."""
+HOST_TOKEN_S = 50e-6
+EAGER_LAYER_S, EAGER_EXPERTS_LAYER_S = 0.75e-3, 2.2e-3
+"""What the host needs for a step of decoding: for each request that is running, and eager for each layer to launch its
+kernels, those of a mixture of experts being more. Fitted to 31 measurements on H100s (docs/plan.md)."""
 
 
 def estimate(facts: ModelFacts, work: Work, settings: EngineSettings, hardware: Hardware) -> TimeEstimate:
-    """Engine start and work in seconds. Prefill is bound by arithmetic, decode by memory, both by Python."""
+    """Engine start and work in seconds. Prefill is bound by arithmetic, decode by memory or by the host."""
     tp = settings.tensor_parallel_size
     if hardware.gpus:
         operations, bandwidth = gpu_speed(hardware.gpu_name)
-        start = START_EAGER_S if settings.enforce_eager else START_GRAPHS_S
+        start = START_EAGER_S + (0 if settings.enforce_eager else GRAPHS_START_S_PER_LAYER * facts.layers)
     else:
         operations, bandwidth = (rate * hardware.cpus for rate in _CPU_CORE)
         start = START_CPU_S
@@ -98,6 +101,8 @@ def _decode_s(
     )
     per_token = cache_bytes_per_token(facts, settings.dtype, settings.kv_cache_dtype, settings.tensor_parallel_size)
     step = (weights + running * tokens * per_token) / bytes_per_s
-    # On a CPU the kernels take so long that launching them does not count.
-    step += EAGER_STEP_S_PER_LAYER * facts.layers if settings.enforce_eager and on_gpu else 0
+    # The host prepares a step while the GPU works on the one before. On a CPU it is the kernels that take long.
+    if on_gpu:
+        layer = EAGER_EXPERTS_LAYER_S if facts.experts else EAGER_LAYER_S
+        step = max(step, HOST_TOKEN_S * running + (layer * facts.layers if settings.enforce_eager else 0))
     return work.generated_tokens / running * step
