@@ -15,7 +15,7 @@ from examples import engine_settings, model_facts, run_file, task_facts
 
 from reproval import engine, evaluate, files, provenance, scrub
 from reproval.plan import make_plan
-from reproval.records import EngineSettings, Facts, Hardware, ModelFacts, ModelManifest, UnitResult
+from reproval.records import EngineSettings, Facts, Hardware, ModelFacts, ModelManifest, Runner, UnitResult
 from reproval.run_file import RunFile
 from reproval.settings import ModelConfig
 from reproval.tiers import load_tiers
@@ -76,7 +76,7 @@ def test_what_is_no_number_is_no_score_and_loses_no_others(capsys: pytest.Captur
 
 def test_no_secret_reaches_the_child() -> None:
     parent = {"HF_TOKEN": "hf_x", "AWS_SECRET_ACCESS_KEY": "x", "OPENAI_API_KEY": "x", "PATH": "/bin", "LANG": "C"}
-    child = evaluate.child_environment(parent, run_file(batch_invariant=True))
+    child = evaluate.child_environment(parent, run_file(batch_invariant=True), "v2")
     assert {"PATH", "LANG"} <= set(child)
     assert not {"HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY"} & set(child)
     assert child["HF_HUB_OFFLINE"] == "1"
@@ -101,7 +101,7 @@ KEPT_BACK = runpy.run_path(str(Path(__file__).resolve().parents[2] / "profiles/p
 )
 def test_a_secret_is_one_by_its_name_wherever_it_could_get_out(name: str) -> None:
     value = "of no known shape"
-    assert name not in evaluate.child_environment({name: value}, run_file())
+    assert name not in evaluate.child_environment({name: value}, run_file(), "v2")
     assert provenance.engine_variables({f"VLLM_{name}": value}) == {}
     assert scrub.leaks(f"said: {value}", {name: value}) == f"the value of the environment variable {name}"
     assert KEPT_BACK.search(name)
@@ -109,13 +109,13 @@ def test_a_secret_is_one_by_its_name_wherever_it_could_get_out(name: str) -> Non
 
 @pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "VLLM_MAX_TOKENS_PER_EXPERT_FP4_MOE", "VLLM_USE_FASTOKENS"])
 def test_tokens_of_text_are_no_secrets(name: str) -> None:
-    assert name in evaluate.child_environment({name: "1"}, run_file())
+    assert name in evaluate.child_environment({name: "1"}, run_file(), "v2")
     assert not KEPT_BACK.search(name)
 
 
 def test_variables_of_the_caller_that_change_what_runs_stand_in_the_provenance() -> None:
     caller = {
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "VLLM_SLEEP_WHEN_IDLE": "1",
         "VLLM_CACHE_ROOT": "/home/alice/cache",
         "VLLM_TUNED_CONFIG_FOLDER": "/home/alice/tuned",
         "VLLM_API_KEY": "x",
@@ -123,14 +123,22 @@ def test_variables_of_the_caller_that_change_what_runs_stand_in_the_provenance()
         "VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME": "vllm_mm_uWU12ISaSWOstYaR6qD8_A",
         "PATH": "/bin",
     }
-    child = evaluate.child_environment(caller, run_file(batch_invariant=True))
+    child = evaluate.child_environment(caller, run_file(batch_invariant=True), "v2")
     assert provenance.engine_variables(child) == {
         "VLLM_BATCH_INVARIANT": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_SLEEP_WHEN_IDLE": "1",
         "VLLM_TUNED_CONFIG_FOLDER": "a path",
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
     }
     assert "VLLM_API_KEY" not in provenance.engine_variables(caller)
+
+
+@pytest.mark.parametrize(("planned", "gpus", "engine_has"), [("v1", 1, "0"), ("v2", 1, None), ("v1", 0, None)])
+def test_the_runner_of_the_engine_is_that_of_the_plan(planned: Runner, gpus: int, engine_has: str | None) -> None:
+    run = run_file()
+    run = run.model_copy(update={"hardware": run.hardware.model_copy(update={"gpus": gpus})})
+    for caller in ({}, {"VLLM_USE_V2_MODEL_RUNNER": "0"}, {"VLLM_USE_V2_MODEL_RUNNER": "1"}):
+        assert evaluate.child_environment(caller, run, planned).get("VLLM_USE_V2_MODEL_RUNNER") == engine_has
 
 
 @pytest.mark.parametrize(
@@ -205,7 +213,7 @@ def test_of_gpus_on_several_nodes_a_job_claims_those_of_its_own() -> None:
 
 def test_numbers_of_gpus_mean_the_same_to_cuda_and_nvml() -> None:
     caller = {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
-    assert evaluate.child_environment(caller, run_file())["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert evaluate.child_environment(caller, run_file(), "v2")["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
 
 
 def test_the_engine_is_told_how_its_model_thinks() -> None:

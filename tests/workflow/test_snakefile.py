@@ -55,6 +55,20 @@ def test_a_dry_run_of_every_target_needs_no_engine(
     assert not (project / "results").exists()
 
 
+def test_the_plan_is_for_the_runner_that_the_caller_chose(
+    checkout: Path, project: Path, snakemake: Snakemake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / "gpu.yaml").write_text(
+        CONFIG.replace("{host", "{gpus: 1, gpu_memory_gib: 80, compute_capability: '9.0', host")
+    )
+    for value, chosen in (("0", True), ("1", False)):
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", value)
+        for configuration, gpus in (("gpu.yaml", True), ("config.yaml", False)):
+            done = snakemake(project, "--configfile", configuration, "-n", "-p", "plan", base=checkout)
+            assert done.returncode == 0, done.stdout
+            assert ("--runner v1" in done.stdout) == (chosen and gpus)
+
+
 def test_the_default_target_is_everything(checkout: Path, project: Path, snakemake: Snakemake) -> None:
     done = snakemake(project, "--configfile", "config.yaml", "-n", base=checkout)
     assert done.returncode == 0, done.stdout

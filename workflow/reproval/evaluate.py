@@ -33,6 +33,7 @@ from reproval.records import (
     ModelManifest,
     Plan,
     PulledLever,
+    Runner,
     ShardAnswers,
     ShardResult,
     TaskFacts,
@@ -48,9 +49,11 @@ class EvaluateError(Exception):
     """The evaluation cannot be started, or ended without all its results."""
 
 
-def child_environment(parent: Mapping[str, str], run: RunFile) -> dict[str, str]:
+def child_environment(parent: Mapping[str, str], run: RunFile, runner: Runner) -> dict[str, str]:
     """The child's variables: the caller's without anything that looks like a secret, and what the engine is to read."""
-    return {name: value for name, value in parent.items() if not SECRET_NAME.search(name)} | environment(run)
+    left_out = {name for name in parent if SECRET_NAME.search(name)} | {"VLLM_USE_V2_MODEL_RUNNER"}
+    chosen = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if runner == "v1" and run.hardware.gpus else {}
+    return {name: value for name, value in parent.items() if name not in left_out} | environment(run) | chosen
 
 
 def deadlines(silence_limit_h: str) -> supervise.Deadlines:
@@ -190,7 +193,7 @@ def _climb(job: Job, told: ProgressFile) -> Ended:
         told.follow(progress)
         outcome = supervise.run_child(
             [sys.executable, "-m", "reproval.engine", str(job.work / "child.json")],
-            child_environment(variables, run),
+            child_environment(variables, run, plan.runner),
             job.log,
             progress.event,
             gpus=here,

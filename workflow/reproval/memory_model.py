@@ -18,10 +18,10 @@ from reproval.records import (
     Hardware,
     MemoryPrediction,
     ModelFacts,
+    Runner,
     TaskFacts,
 )
 
-Runner = Literal["v1", "v2"]
 Scoring = Literal["stock", "suffix"]
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3

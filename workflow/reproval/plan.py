@@ -13,10 +13,10 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from reproval.files import RecordError, read_record, write_record
-from reproval.memory_model import GIB, MIB, Runner, Scoring, host_bytes, request_cache_bytes, summarize
+from reproval.memory_model import GIB, MIB, Scoring, host_bytes, request_cache_bytes, summarize
 from reproval.plan_ladder import (
     Settled,
     divides,
@@ -34,7 +34,7 @@ from reproval.plan_ladder import (
 )
 from reproval.plan_start import Case, Reasons, first_settings, gib, refusal
 from reproval.problems import ConfigError
-from reproval.records import EngineSettings, Facts, Hardware, ModelFacts, Plan, PulledLever, Reason, TaskFacts
+from reproval.records import EngineSettings, Facts, Hardware, ModelFacts, Plan, PulledLever, Reason, Runner, TaskFacts
 from reproval.seeds import engine_seed
 from reproval.settings import ModelConfig
 from reproval.text_table import text_table
@@ -63,7 +63,6 @@ def make_plan(
     Where jobs may share a GPU, a model that fits its share with neutral levers alone is planned for that, and any other
     for whole GPUs. Raises ConfigError if the tiers file lacks the policy.
     """
-    runner = runner or ("v2" if hardware.gpus else "v1")
     tier = tiers.tier_of(facts.parameters)
     chosen_policy = tiers.policy(policy)
     case = Case(
@@ -75,7 +74,7 @@ def make_plan(
         rule=chosen_policy.tiers.get(tier.name, TierRule()),
         start=chosen_policy.start_of(tier.name),
         tier=tier.name,
-        runner=runner,
+        runner=runner or ("v2" if hardware.gpus else "v1"),
         scoring=scoring,
     )
     if hardware.gpus and hardware.jobs_per_gpu > 1:
@@ -93,6 +92,8 @@ def _plan(run: str, model: str, case: Case, asked: ModelConfig, seed: int | None
         f"{case.facts.parameters / 1e9:.2f} billion parameters are counted in the checkpoint; policy {policy}: "
         f"{case.policy.summary}",
     )
+    if case.runner == "v1" and case.hardware.gpus:
+        reasons.add("runner", "v1", "VLLM_USE_V2_MODEL_RUNNER=0 where Snakemake was started")
     first, given = first_settings(case, asked, seed, reasons, policy)
     impossible = refusal(case, first.dtype)
     # A share of a GPU is for models that need no more than neutral levers on one GPU: the first group.
@@ -115,6 +116,7 @@ def _plan(run: str, model: str, case: Case, asked: ModelConfig, seed: int | None
         "tier": case.tier,
         "parameters": case.facts.parameters,
         "jobs_per_gpu": case.jobs_per_gpu,
+        "runner": case.runner,
     }
     if found is None:
         advice = impossible or _advice(case, first)
@@ -302,6 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
     make.add_argument("--facts", type=Path, required=True)
     make.add_argument("--tiers", type=Path, required=True)
     make.add_argument("--policy", help="Instead of the run's own.")
+    make.add_argument("--runner", choices=get_args(Runner), help="Instead of the model runner that vLLM chooses.")
     make.add_argument("--out", type=Path, required=True)
     show = commands.add_parser("table", help="Print plans as a table.")
     show.add_argument("--strict", action="store_true", help="Exit with 1 if a model cannot run.")
@@ -324,6 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
             policy=options.policy or entry.policy,
             asked=entry.run.model,
             seed=engine_seed(entry.seed),
+            runner=options.runner,
         )
     except (ConfigError, RecordError) as error:
         print(error, file=sys.stderr)

@@ -12,7 +12,6 @@ from reproval.memory_model import (
     CPU_BLOCK_TOKENS,
     GIB,
     STOCK_BYTES_PER_TOKEN,
-    Runner,
     Scoring,
     Work,
     round_up,
@@ -26,6 +25,7 @@ from reproval.records import (
     ModelFacts,
     PulledLever,
     Reason,
+    Runner,
     ScoreLever,
     TaskFacts,
 )

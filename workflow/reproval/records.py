@@ -285,6 +285,9 @@ class Rung(Part):
     predicted: MemoryPrediction
 
 
+Runner = Literal["v1", "v2"]
+
+
 class Plan(Record):
     """Engine settings for one model, the predicted peak, and what to fall back to."""
 
@@ -296,6 +299,7 @@ class Plan(Record):
     tier: str
     parameters: int
     jobs_per_gpu: int = Field(default=1, description="1: the job's GPUs are its own; else it keeps to this share.")
+    runner: Runner = Field(default="v2", description="vLLM's model runner. V1 on a CPU, for want of Triton.")
     fits: bool
     advice: str | None = Field(default=None, description="When it cannot run: why, and what would help.")
     levers: list[PulledLever] = Field(description="Pulled already on the first rung.")

@@ -33,9 +33,12 @@ rule make_plan:
         "logs/plan/{run}.log",
     container:
         None
+    # The engine gets it from the plan, so that what was predicted is what runs, in a container and on another node too.
+    params:
+        runner="--runner v1" if CONFIG.hardware.gpus and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0" else "",
     shell:
         "controller -m reproval.plan make --run {input.run:q} --facts {input.facts:q} --tiers {input.tiers:q}"
-        " --out {output:q} 2> {log:q}"
+        " {params.runner} --out {output:q} 2> {log:q}"
 
 
 rule plan:
