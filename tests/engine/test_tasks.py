@@ -13,7 +13,7 @@ import pytest
 
 from reproval import stage
 from reproval.settings import TaskSettings, Unit
-from reproval.tasks import TaskError, built, prepare
+from reproval.tasks import TaskError, built, known_names, prepare
 
 TASK = """
 task: {name}
@@ -101,6 +101,11 @@ def unit(folder: Path, task: str, *, allowed: bool = False) -> Unit:
 def test_what_cannot_be_evaluated_is_refused_with_its_name_and_the_reason(folder: Path, task: str, said: str) -> None:
     with pytest.raises(TaskError, match=said):
         prepare(unit(folder, task), None)
+
+
+def test_all_names_that_lm_eval_does_not_know_are_told_at_once(folder: Path) -> None:
+    with pytest.raises(TaskError, match=r"'no_such' is not a task(.|\n)*'nor_such' is not a task"):
+        known_names([unit(folder, task) for task in ("no_such", "plain", "nor_such")])
 
 
 def test_a_right_answer_that_is_no_choice_is_refused(tmp_path: Path) -> None:

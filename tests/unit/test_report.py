@@ -355,7 +355,9 @@ def test_the_image_and_its_network_are_in_the_provenance(built: Report) -> None:
     assert built.provenance.by_model["weak"]["container image"] == "none; ran in the environment of the lock"
 
 
-def test_what_was_staged_is_in_the_provenance(project: synthetic.Project, tmp_path: Path) -> None:
+def test_what_was_staged_is_in_the_provenance(
+    project: synthetic.Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     commit, weights, tokenizer = "5" * 40, "1" * 64, "2" * 64
     files = [
         StoredFile(path="model.safetensors", size_bytes=8, sha256=weights),
@@ -376,6 +378,10 @@ def test_what_was_staged_is_in_the_provenance(project: synthetic.Project, tmp_pa
     arguments = ["--results", str(project.results), "--json", str(out), "--evaluations"]
     manifests = ["--manifests", *(str(tmp_path / name) for name in staged)]
     assert report.main([*arguments, *map(str, project.evaluations), *manifests]) == 0
+    other = ModelManifest(model="weak", source="local", folder="m", files=files, digest="5" * 64)
+    write_record(tmp_path / "models/other.json", other)
+    assert report.main([*arguments, *map(str, project.evaluations), *manifests, str(tmp_path / "models/other.json")])
+    assert "models/other.json describe two states of model weak; expected one" in capsys.readouterr().err
     told = Report.model_validate_json(out.read_text(encoding="utf-8")).provenance
     assert told.files == {"weak": {"model.safetensors": weights, "tokenizer.json": tokenizer}}
     assert told.by_model["weak"]["model commit"] == commit

@@ -100,7 +100,7 @@ ELSEWHERE = {
     ),
 }
 
-NAME_WORDS = "a name of letters, digits and . _ -, which begins with a letter or digit and has at most 64 characters"
+NAME_WORDS = "a name of a-z, A-Z, digits and . _ -, which begins with a letter or digit and has at most 64 characters"
 
 
 def load(merged: dict[str, Any], files: list[Path], base: Path, workdir: Path) -> Config:

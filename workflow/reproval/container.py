@@ -93,7 +93,8 @@ def chosen(asked: ContainerConfig | None, built: Path, lock_sha256: str, store: 
             raise ImageError(
                 f"--use-singularity needs an image, the configuration names none as `container:`, and {built} cannot be"
                 f" used; build it here with  containers/build {built.stem}  or name one: docker://NAME@sha256:DIGEST,"
-                " or a .sif file with its SHA-256. Without --use-singularity the jobs run in the environment of envs/."
+                " or a .sif file with its SHA-256. Without --use-singularity, or `software-deployment-method:"
+                " apptainer` in the profile, the jobs run in .env/."
             ) from error
         if (made.built_from or {}).get("lock_sha256") != lock_sha256:
             raise ImageError(

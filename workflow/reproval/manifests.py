@@ -20,14 +20,29 @@ class Manifests:
 
 
 def read(paths: Iterable[Path]) -> Manifests:
-    """Read manifests of models and of suites, which lie in folders of these names. Raises RecordError."""
+    """Read manifests of models and of suites, which lie in folders of these names.
+
+    Raises RecordError, also for two that differ and have one name: results do not say which of them is theirs.
+    """
     found = Manifests()
+    named: dict[tuple[str, str], tuple[Path, str]] = {}
+
+    def only(path: Path, kind: str, name: str, digest: str) -> None:
+        first, known = named.setdefault((kind, name), (path, digest))
+        if known != digest:
+            raise RecordError(
+                f"{first} and {path} describe two states of {kind} {name}; expected one; "
+                "name only the manifests of these runs"
+            )
+
     for path in paths:
         if path.parent.name == "models":
             model = read_record(path, ModelManifest)
+            only(path, "model", model.model, model.digest)
             found.models[model.model] = model
         elif path.parent.name == "suites":
             suite = read_record(path, TaskManifest)
+            only(path, "suite", suite.suite, suite.digest)
             found.suites[suite.suite] = suite
             found.datasets.update({(suite.suite, source.task): source for source in suite.datasets})
         else:

@@ -268,6 +268,7 @@ def table(plans: list[Plan]) -> str:
     marked = dict.fromkeys(plan.model for plan in plans if any(lever.changes_scores for lever in plan.levers))
     if marked:
         lines += ["", f"* changes scores, which are marked in every result: {', '.join(marked)}"]
+    lines += ["", "All settings, each with its reason: results/runs/RUN/plan.json"]
     return "\n".join(lines)
 
 

@@ -232,7 +232,7 @@ def configure(given: Mapping[str, Any], base: Path, workdir: Path) -> dict[str, 
                     f"models.{model}.path",
                     f"no folder {path} here, and a bundle holds no weights",
                     bundle.weights_needed(folder, model) or "the folder of the model",
-                    f"copy it, and add --config 'models={{{model}: {{path: FOLDER}}}}'",
+                    f"copy it, and name it in the same --config: 'models={{{model}: {{path: FOLDER}}}}'",
                 )
             )
     if missing:

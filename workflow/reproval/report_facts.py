@@ -366,5 +366,6 @@ def commands(models: Sequence[ModelData]) -> list[str]:
     return [
         *(f"git checkout {commit}{others}" for commit in commits[:1]),
         "envs/install controller" + ("" if boxed else f" {engine}"),
-        "snakemake --cores 8 reproduce --config bundle=bundle.zip" + (" --use-singularity" if boxed else ""),
+        ".env/controller/bin/snakemake --cores 8 reproduce --config bundle=bundle.zip"
+        + (" --use-singularity" if boxed else ""),
     ]

@@ -172,16 +172,22 @@ class HardwareConfig(Section):
         le=1024,
         description="Memory of one GPU in GiB, as nvidia-smi gives it (an 80 GB H100: 79.6).",
     )
-    gpu_name: Text | None = Field(default=None, description="Shown in the report; a Slurm profile may ask for it.")
+    gpu_name: Text | None = Field(
+        default=None,
+        description="As nvidia-smi gives it. Estimates of time go by it, and with them time limits, CUDA graphs and "
+        "`shards: auto`; without it an A100 is assumed.",
+    )
     compute_capability: str | None = Field(
-        default=None, pattern=r"^\d+\.\d+$", description="Such as 9.0 (Hopper); decides whether fp8 is possible."
+        default=None,
+        pattern=r"^\d+\.\d+$",
+        description="Such as 9.0 (Hopper). Without it fp8 is never chosen, and what must be quantized gets 4 bit.",
     )
     host_memory_gib: float = Field(default=16, gt=0, le=65536, description="Host memory for one job in GiB.")
     cpus: int = Field(
         default=2,
         ge=1,
         le=1024,
-        description="CPU cores of a job without GPUs or with all; of others in proportion to their GPUs.",
+        description="CPU cores of a job that has all `gpus`, or needs none; one with fewer gets its share.",
     )
     jobs_per_gpu: int = Field(
         default=1,

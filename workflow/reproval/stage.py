@@ -237,9 +237,10 @@ def _is_promised(path: Path, entry: StoredFile, promised: str | None) -> bool:
 
 def stage_tasks(suite: str, run: RunFile) -> TaskManifest:
     """Load every task of a suite once, so that its data set is in the cache. Raises tasks.TaskError, StageError."""
-    from reproval.tasks import prepare
+    from reproval.tasks import known_names, prepare
 
     units = [unit for unit in run.run.units if unit.suite == suite]
+    known_names(units)
     datasets: dict[str, DatasetSource] = {}
     cached: set[Path] = set()
     for unit in units:

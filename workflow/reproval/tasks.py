@@ -63,6 +63,17 @@ def chat_arguments(settings: TaskSettings) -> dict[str, Any]:
     }
 
 
+def known_names(units: Iterable[Unit]) -> None:
+    """Raises TaskError that tells of every name at once which lm-eval does not know."""
+    unknown = [
+        str(UnknownTask(unit, list(tasks.all_tasks)))
+        for unit in units
+        if not (tasks := manager(unit.include_path)).match_tasks([unit.task])
+    ]
+    if unknown:
+        raise TaskError("\n".join(unknown))
+
+
 def prepare(unit: Unit, seed: Seed) -> dict[str, Any]:
     """Load a unit's leaf tasks and apply its settings. Returns lm-eval Task objects by name.
 

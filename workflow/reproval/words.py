@@ -71,8 +71,8 @@ def answer(lines: Sequence[Headline], models: Sequence[str], pairs: Sequence[Pai
         they = "difference is" if significant == 1 else "differences are"
         return f"{significant:,} {they} significant at 5\u00a0% after correction, {same}."
     reach = [p.detectable for p in pairs if p.detectable is not None and p.scale == "difference"]
-    could = f" The smallest that could have been found is {number(min(reach))}." if reach else ""
-    return f"No difference is significant at 5\u00a0% after correction, {same}.{could}"
+    found = f" The smallest that a test here finds with a power of 80\u00a0% is {number(min(reach))}." if reach else ""
+    return f"No difference is significant at 5\u00a0% after correction, {same}.{found}"
 
 
 def limit(value: float) -> str:
@@ -156,8 +156,8 @@ def phase_name(phase: str) -> str:
 
 
 def size(value: int | None) -> str:
-    """Bytes in MiB below 1 GiB, else in GiB."""
-    if value is None:
+    """Bytes in MiB below 1 GiB, else in GiB; nothing measured is no size."""
+    if not value:
         return "–"
     if value < 2**30:
         return f"{value / 2**20:.0f} MiB"
