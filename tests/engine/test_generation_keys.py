@@ -27,7 +27,6 @@ EXAMPLE: dict[str, Any] = {
     "min_tokens": 1,
     "ignore_eos": True,
     "bad_words": ["no"],
-    "thinking_token_budget": 4,
     "skip_special_tokens": True,
     "spaces_between_special_tokens": True,
     "include_stop_str_in_output": True,

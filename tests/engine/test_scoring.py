@@ -219,7 +219,21 @@ def test_generation_equals_stock_and_equal_prompts_are_generated_once(model: Rep
     model.scoring = "auto"
     model.reset_paths()
     model.generate_until(requests(sampled=True), disable_tqdm=True)
-    assert model.paths["gen"].duplicates == 0
+    assert (model.paths["gen"].duplicates, model.paths["gen"].sampled) == (0, 5)
+
+
+@pytest.mark.parametrize("scoring", ["auto", "stock"])
+@pytest.mark.parametrize(("told", "sampled"), [({}, 1), ({"do_sample": False}, 0), ({"temperature": 0.0}, 0)])
+def test_answers_that_nobody_asked_to_be_greedy_are_drawn_and_counted(
+    model: ReprovalVLLM, scoring: Literal["auto", "stock"], told: dict[str, Any], sampled: int
+) -> None:
+    """lm-eval's vLLM model leaves the temperature to vLLM where a task names none, and that is 1."""
+    from lm_eval.api.instance import Instance
+
+    model.scoring = scoring
+    settings = {"until": ["."], "max_gen_toks": 4} | told
+    model.generate_until([Instance("generate_until", {}, ("Count:", settings), 0, ("d", 0, 1))], disable_tqdm=True)
+    assert model.paths["d"].sampled == sampled
 
 
 def test_thoughts_are_taken_from_answers_as_stock_takes_them(

@@ -222,6 +222,45 @@ def test_prompts_are_rendered_as_lm_evals_model_renders_them(told: dict[str, Any
     assert model.apply_chat_template(history) == theirs.apply_chat_template(stock, history) == prompt
 
 
+def tokenizer_folder(folder: Path, **config: Any) -> Path:
+    """The demo's tokenizer beside a config.json of another model."""
+    folder.mkdir()
+    for path in MODEL.glob("*token*"):
+        shutil.copy(path, folder / path.name)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_template_of_a_processor_is_taken_as_vllm_takes_it(tmp_path: Path) -> None:
+    renderers = pytest.importorskip("vllm.renderers.hf")
+    folder = tokenizer_folder(tmp_path / "m", model_type="qwen2_audio")
+    processor = {"feature_extractor_type": "WhisperFeatureExtractor", "processor_class": "Qwen2AudioProcessor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    model = encoder(str(folder), ModelConfig())
+    assert model.apply_chat_template([{"role": "user", "content": "?"}]) == "[?]"
+    chosen = renderers._try_get_processor_chat_template(
+        model.tokenizer, revision=None, code_revision=None, trust_remote_code=False
+    )
+    assert model.hf_chat_template == chosen == template
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "chat_template.json").unlink()
+    assert encoder(str(folder), ModelConfig()).hf_chat_template is None
+
+
+def test_a_mistral_model_is_encoded_as_the_engine_encodes_it(tmp_path: Path) -> None:
+    """transformers by itself would read Mistral's own tekken.json."""
+    get_tokenizer = pytest.importorskip("vllm.tokenizers").get_tokenizer
+    folder = tokenizer_folder(tmp_path / "m", model_type="mistral")
+    data = Path(pytest.importorskip("mistral_common").__file__).parent / "data"
+    shutil.copy(next(data.glob("tekken*.json")), folder / "tekken.json")
+    theirs = get_tokenizer(str(folder), tokenizer_mode="hf")
+    ours = encoder(str(folder), ModelConfig())
+    assert ours.tok_encode("Hello world") == theirs("Hello world").input_ids
+    assert ours.tokenizer.chat_template == theirs.chat_template is not None
+
+
 def test_an_unknown_task_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(UnknownTask, match="did you mean 'demo_opposites'"):
         unit_facts(unit("demo_oposites"), None, encoder(str(MODEL), ModelConfig()))

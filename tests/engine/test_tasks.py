@@ -40,6 +40,7 @@ MORE = {
     "target": "output_type: multiple_choice\ndoc_to_choice: [b, c]\ndoc_to_target: 2\nmetric_list: [{metric: acc}]",
     "sampling": "generation_kwargs: {until: [A], max_new_tokenz: 8}",
     "until": "generation_kwargs: {until: [5]}",
+    "budget": "generation_kwargs: {until: [A], thinking_token_budget: 5}",
     "empty": "",
     "cut_off": "",
     "twice": "",
@@ -95,6 +96,7 @@ def unit(folder: Path, task: str, *, allowed: bool = False) -> Unit:
         ("empty", r"empty: lm-eval cannot load it from .*empty\.yaml: its data set holds no documents"),
         ("cut_off", r"cut_off: lm-eval cannot load it from .*cut_off\.yaml: DatasetGenerationError: .*JSON"),
         ("group", r"group: lm-eval cannot .*group\.yaml names 'pain', which is no task, .*did you mean 'plain'\?"),
+        ("budget", r"generation_kwargs: thinking_token_budget needs a reasoning parser"),
         ("no_yaml", r"'no_yaml' is not a task of lm-eval(.|\n)*no_yaml\.yaml: .* line 10"),
     ],
 )

@@ -261,6 +261,19 @@ def test_answers_that_their_length_ended_are_counted_and_thoughts_without_an_end
     assert "| plain | sums | 0 | 3 |" in report_markdown.render(built)
 
 
+def test_answers_that_were_drawn_are_told_and_whether_anybody_asked_for_it(tmp_path: Path) -> None:
+    project = synthetic.write_project(tmp_path, (synthetic.Model("plain"),), synthetic.DEMO_TASKS)
+    (path,) = project.results.glob("tasks/*/demo.sums-*/result.json")
+    result = read_record(path, UnitResult)
+    paths = {task: each.model_copy(update={"sampled": 3}) for task, each in result.paths.items()}
+    for kwargs, unasked in (({"temperature": 0.7}, False), ({"until": ["."]}, True)):
+        told = result.lm_eval | {"configs": {"sums": {"generation_kwargs": kwargs}}}
+        write_record(path, result.model_copy(update={"paths": paths, "lm_eval": told}))
+        (notice,) = report.build(collect.load(project.results, project.evaluations)).notices
+        assert "drawn at random in demo/sums" in notice.text
+        assert ("In demo/sums nobody asked for it" in notice.text) == unasked
+
+
 def test_a_plain_evaluation_has_no_notices(built: Report, models: list[collect.ModelData]) -> None:
     assert report.build(models[:1]).notices == []
     assert len(built.notices) == 2

@@ -25,10 +25,16 @@ SAMPLES = "samples.jsonl.gz"
 LEFT_S = 24 * 3600.0
 
 
+SCORING = 1
+"""To be raised when a changed version of this workflow would give the same request another answer (CHANGELOG, Scores):
+what an older one has kept is then not used."""
+
+
 def engine_identity(run: RunFile, facts: Facts, settings: EngineSettings) -> dict[str, Any]:
     """What decides the answer to any one request. Neutral levers, which change rounding at most, are not in it."""
     return {
         "model": facts.model_digest,
+        "scoring": SCORING,
         "environment": run.environment,
         "device": "cuda" if run.hardware.gpus else "cpu",
         "dtype": settings.dtype,

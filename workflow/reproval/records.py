@@ -397,6 +397,7 @@ class ScoringPath(Part):
     second_pass: int = Field(default=0, description="Asked again with the prefix cache unread.")
     cut: int = Field(default=0, description="Cut from the left to fit max_model_len.")
     ended_by_length: int = Field(default=0, description="Generated up to max_gen_toks, without a stop before.")
+    sampled: int = Field(default=0, description="Drawn at a temperature above 0: asked again, another answer.")
     not_a_number: int = Field(default=0, description="With a log-probability that is NaN.")
 
 

@@ -62,6 +62,7 @@ def build(models: Sequence[ModelData], manifests: Manifests | None = None, proje
             fits,
             lines,
             cuts,
+            report_facts.sampled(models),
             report_facts.marked(models, report_facts.with_endless_thoughts),
             report_facts.marked(models, report_facts.without_numbers),
             report_facts.marked(models, report_facts.with_remote_code),

@@ -209,6 +209,17 @@ def with_endless_thoughts(result: UnitResult) -> bool:
     return bool(result.engine.get("think_end_token")) and any(p.ended_by_length for p in result.paths.values())
 
 
+def sampled(models: Iterable[ModelData]) -> dict[str, bool]:
+    """Tasks with answers that were drawn at random, and whether anybody asked for that: the task or the suite."""
+    found: dict[str, bool] = {}
+    for unit in (unit for model in models for unit in model.units):
+        for task, path in unit.result.paths.items():
+            if path.sampled:
+                kwargs = unit.result.lm_eval.get("configs", {}).get(task, {}).get("generation_kwargs") or {}
+                found[f"{unit.result.suite}/{task}"] = bool(kwargs.keys() & {"do_sample", "temperature"})
+    return found
+
+
 def with_changed_workflow(result: UnitResult) -> bool:
     """Whether it was made by a workflow that differed from its commit."""
     return any(made.git_dirty for made in result.made_with)

@@ -87,6 +87,10 @@ class _Prompt(NamedTuple):
     shown: dict[str, Any]
     params: SamplingParams
 
+    @property
+    def sampled(self) -> bool:
+        return bool(self.params.temperature >= GREEDY_TEMPERATURE)
+
 
 @dataclass(slots=True, eq=False)
 class _Wanted:
@@ -414,7 +418,7 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
         numbered = map(encode, windows(enumerate(requests), self.submit_batch))
         if self.scoring == "stock":
             for prompt in chain.from_iterable(numbered):
-                self._counts[prompt.task].update(requests=1, stock=1, cut=int(prompt.cut))
+                self._counts[prompt.task].update(requests=1, stock=1, cut=int(prompt.cut), sampled=int(prompt.sampled))
             return cast("list[str]", super().generate_until(requests, disable_tqdm=disable_tqdm))
         progress = Progress(
             len(requests), self.on_progress, disable_tqdm or self.rank != 0, "Running generate_until requests"
@@ -450,10 +454,10 @@ class ReprovalVLLM(VLLM):  # type: ignore[misc]
                 new: list[tuple[bytes, _Prompt]] = []
                 for prompt in window:
                     counts = self._counts[prompt.task]
-                    counts.update(requests=1, cut=int(prompt.cut))
+                    counts.update(requests=1, cut=int(prompt.cut), sampled=int(prompt.sampled))
                     told = json.dumps(prompt.shown | {"stop": prompt.params.stop}, sort_keys=True, default=repr)
                     digest = self._digest("generated", prompt.tokens.tobytes(), told.encode())
-                    if prompt.params.temperature >= GREEDY_TEMPERATURE:
+                    if prompt.sampled:
                         # Every draw is a request of its own; a kept one stands for the draw of the same number.
                         seen[digest] += 1
                         digest = self._digest("draw", digest, seen[digest].to_bytes(8, "little"))

@@ -94,7 +94,11 @@ class Generation(Section):
         default=None, description="Text that ends an answer."
     )
     max_gen_toks: int | None = Field(default=None, ge=1, description="The most tokens of one answer.")
-    do_sample: bool | None = Field(default=None, description="Sample; without it the most likely token is taken.")
+    do_sample: bool | None = Field(
+        default=None,
+        description="false takes the most likely token. Where neither a task nor this nor `temperature` says anything, "
+        "lm-eval's vLLM model samples at temperature 1.",
+    )
     temperature: float | None = Field(default=None, ge=0, le=2, description="0 takes the most likely token.")
     top_p: float | None = Field(default=None, gt=0, le=1, description="Share of probability to sample from.")
     top_k: int | None = Field(default=None, ge=-1, description="Most likely tokens to sample from; 0: all of them.")
@@ -106,7 +110,6 @@ class Generation(Section):
     min_tokens: int | None = Field(default=None, ge=0, description="The least tokens of one answer.")
     ignore_eos: bool | None = Field(default=None, description="Go on after the end-of-text token.")
     bad_words: list[Text] | None = Field(default=None, description="Text that is never generated.")
-    thinking_token_budget: int | None = Field(default=None, ge=0, description="The most tokens of thinking.")
     skip_special_tokens: bool | None = Field(default=None, description="Leave special tokens out of the answer.")
     spaces_between_special_tokens: bool | None = Field(default=None, description="Put spaces between them.")
     include_stop_str_in_output: bool | None = Field(default=None, description="Keep the text that ended the answer.")

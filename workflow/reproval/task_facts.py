@@ -22,6 +22,7 @@ from reproval.tasks import built
 
 BLOCK_TOKENS = 16
 # All other files of a manifest count as the tokenizer's: vocabulary, merges, chat templates, code.
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "chat_template.json")
 _NOT_THE_TOKENIZERS = ("*.safetensors", "*.safetensors.index.json", "generation_config.json")
 
 
@@ -36,12 +37,14 @@ def encoder(folder: str, asked: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 
     class Encoder(TemplateLM):  # type: ignore[misc]
-        # As in lm-eval's vLLM model; None: the tokenizer's default.
-        hf_chat_template: str | None = None
-
         def __init__(self) -> None:
             super().__init__()
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=asked.trust_remote_code)
+            # The class that vLLM takes (tokenizer_mode hf): else transformers reads Mistral's own tekken.json.
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=asked.trust_remote_code, mistral_format=False
+            )
+            # As in lm-eval's vLLM model; None: the tokenizer's default.
+            self.hf_chat_template = processor_template(folder, asked.trust_remote_code)
 
         @property
         def eot_token_id(self) -> int:
@@ -105,6 +108,22 @@ def encoder(folder: str, asked: ModelConfig) -> Any:
             raise NotImplementedError("counted from the text alone")
 
     return Encoder()
+
+
+def processor_template(folder: str, trust_remote_code: bool) -> str | None:
+    """The chat template of a model's processor, which vLLM prefers to the tokenizer's (resolve_chat_template,
+    vllm/renderers/hf.py). Like there, a processor that cannot be loaded has none.
+    """
+    if not any((Path(folder) / name).exists() for name in _PROCESSOR_FILES):
+        return None
+    from transformers import AutoProcessor, ProcessorMixin
+
+    try:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception:
+        return None
+    template = processor.chat_template if isinstance(processor, ProcessorMixin) else None
+    return template if isinstance(template, str) else None
 
 
 def counted_with(manifest: ModelManifest, model: Any, trust_remote_code: bool, environment: str) -> dict[str, Any]:

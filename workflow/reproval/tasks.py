@@ -179,6 +179,11 @@ def _refuse_generation(at: str, generation: Mapping[str, Any] | None) -> None:
     """Raise TaskError for what the engine would refuse at the first answer."""
     known = {*Generation.model_fields, *ANSWER_KEYS}
     given = generation or {}
+    if "thinking_token_budget" in given:
+        raise TaskError(
+            f"{at}: thinking_token_budget needs a reasoning parser, which no model is given here; delete it, and limit "
+            "answers by max_gen_toks"
+        )
     if others := sorted(given.keys() - known):
         from vllm import SamplingParams  # takes seconds
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from reproval.records import ScoringPath
 from reproval.report_content import Cut, Fit, Headline, Notice, Pair
@@ -89,6 +89,7 @@ def notices(
     fits: Sequence[Fit],
     lines: Sequence[Headline],
     cuts: Sequence[Cut],
+    sampled: Mapping[str, bool],
     endless: Sequence[str],
     broken: Sequence[str],
     remote: Sequence[str],
@@ -96,8 +97,9 @@ def notices(
 ) -> list[Notice]:
     """What to know before using a number.
 
-    `endless` are models that think and reached the length of their answers, `broken` those with log-probabilities that
-    are NaN, `remote` those whose own code was allowed to run, `changed` those that a changed workflow evaluated.
+    `sampled` are tasks whose answers were drawn at random, and whether that was asked for, `endless` models that think
+    and reached the length of their answers, `broken` those with log-probabilities that are NaN, `remote` those whose
+    own code was allowed to run, `changed` those that a changed workflow evaluated.
     """
     found = []
     if marked := [fit.model for fit in fits if fit.changes_scores]:
@@ -118,6 +120,14 @@ def notices(
         each = some([f"{number:,} for {model}" for model, number in prompts.items()])
         text = f"Prompts that were longer than the engine's length lost their beginning: {each}."
         found.append(Notice(text=text, section="cuts"))
+    if sampled:
+        text = f"Answers were drawn at random in {some(list(sampled))}: asked again, a model gives others."
+        if unasked := [task for task, asked in sampled.items() if not asked]:
+            text += (
+                f" In {some(unasked)} nobody asked for it: lm-eval's vLLM model samples at temperature 1 where neither "
+                "do_sample nor temperature is given; generation: {do_sample: false} takes the most likely tokens."
+            )
+        found.append(Notice(text=text, section="provenance"))
     if endless:
         text = (
             f"Answers of {some(endless)} reached max_gen_toks. What has no think_end_token by then is judged as it is, "
