@@ -15,7 +15,8 @@ import yaml
 from reproval import keep
 from reproval.engine import ChildUnit
 from reproval.evaluate import child_units
-from reproval.model_facts import read_model
+from reproval.model_facts import facts_of, read_config
+from reproval.model_tensors import read_tensors
 from reproval.records import EngineSettings, Facts, Hardware, MemoryPrediction, ModelManifest, Plan, Rung, UnitResult
 from reproval.run_file import RunFile
 from reproval.settings import ModelConfig, Run, TaskSettings, Unit
@@ -128,7 +129,8 @@ class Project:
         )
         tokenizer = encoder(str(MODEL), ModelConfig())
         counted = [entry for unit in units for entry in unit_facts(unit, None, tokenizer)]
-        self.facts = Facts(run=NAME, model="m", model_digest="1" * 64, model_facts=read_model(MODEL), tasks=counted)
+        model = facts_of(read_config(MODEL), read_tensors(MODEL))
+        self.facts = Facts(run=NAME, model="m", model_digest="1" * 64, model_facts=model, tasks=counted)
         self.manifest = ModelManifest(model="m", source="local", folder=str(MODEL), files=[], digest="1" * 64)
         nothing = dict.fromkeys(MemoryPrediction.model_fields, 0)
         self.plan = Plan(

@@ -1,4 +1,4 @@
-"""The checkpoints of architectures/*.json, as configuration and tensors: what read_model would find on disk."""
+"""The checkpoints of architectures/*.json, as configuration and tensors: what a folder on disk has."""
 
 from __future__ import annotations
 

@@ -133,6 +133,13 @@ def test_variables_of_the_caller_that_change_what_runs_stand_in_the_provenance()
     assert "VLLM_API_KEY" not in provenance.engine_variables(caller)
 
 
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_only_the_configuration_makes_an_engine_batch_invariant(value: str, asked: bool) -> None:
+    child = evaluate.child_environment({"VLLM_BATCH_INVARIANT": value}, run_file(batch_invariant=asked), "v2")
+    assert child.get("VLLM_BATCH_INVARIANT") == ("1" if asked else None)
+
+
 @pytest.mark.parametrize(("planned", "gpus", "engine_has"), [("v1", 1, "0"), ("v2", 1, None), ("v1", 0, None)])
 def test_the_runner_of_the_engine_is_that_of_the_plan(planned: Runner, gpus: int, engine_has: str | None) -> None:
     run = run_file()
@@ -207,8 +214,14 @@ def test_an_engine_may_be_silent_for_as_long_as_the_configuration_says() -> None
 def test_of_gpus_on_several_nodes_a_job_claims_those_of_its_own() -> None:
     assert evaluate.gpus_here(16, 8, {"RAY_ADDRESS": "10.0.0.1:6379"}) == 8
     assert evaluate.gpus_here(4, 8, {"RAY_ADDRESS": "10.0.0.1:6379"}) == 4
-    # Elsewhere it is an error that claiming them names.
-    assert evaluate.gpus_here(16, 8, {}) == 16
+    assert evaluate.gpus_here(2, 8, {}) == 2
+    assert evaluate.gpus_here(2, 0, {}) == 2, "NVML does not tell how many there are"
+
+
+def test_fewer_gpus_than_planned_are_named_with_the_mend() -> None:
+    told = r"needs 2 GPUs, and sees 1 \(CUDA_VISIBLE_DEVICES is 3\); let it see 2, or set hardware\.gpus to 1"
+    with pytest.raises(evaluate.EvaluateError, match=told):
+        evaluate.gpus_here(2, 1, {"CUDA_VISIBLE_DEVICES": "3"})
 
 
 def test_numbers_of_gpus_mean_the_same_to_cuda_and_nvml() -> None:
@@ -240,6 +253,21 @@ def test_why_a_job_failed_stands_in_the_log_that_snakemake_shows(
         evaluate.main()
     assert "run: cannot be read" in str(ended.value)
     assert (tmp_path / "new/log").read_text() == f"{ended.value}\n"
+
+
+@pytest.mark.parametrize("writer", ["memory.write_trace", "write_record"])
+def test_a_disk_that_is_full_at_the_last_is_named_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str
+) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "results/m/evaluation.json")
+    names = ("run", "facts", "plan", "manifest", "results", "log", "out", "trace")
+    monkeypatch.setattr(sys, "argv", ["evaluate", *[f"--{name}={tmp_path / name}" for name in names], "--gpus=0"])
+    monkeypatch.setattr(evaluate, "read_record", lambda *_: None)
+    monkeypatch.setattr(evaluate, "evaluate", lambda _: (None, []))
+    monkeypatch.setattr("reproval.evaluate.memory.write_trace", lambda *_: None)
+    monkeypatch.setattr(f"reproval.evaluate.{writer}", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises(SystemExit, match=r"m/evaluation\.json: No space left on device"):
+        evaluate.main()
 
 
 def test_a_disk_that_is_full_is_named_though_the_log_cannot_be_written(

@@ -87,6 +87,11 @@ TEXTS: list[tuple[str, FailureClass]] = [
         "gpu_busy",
     ),
     (
+        "AssertionError: Error in memory profiling. Initial free memory 40.1 GiB, current free memory 61.2 GiB. This "
+        "happens when other processes sharing the same container release GPU memory while vLLM is profiling",
+        "gpu_busy",
+    ),
+    (
         "Failed to load model - not enough GPU memory. Try lowering --gpu-memory-utilization to free memory for "
         "weights, ... (original error: CUDA out of memory. Tried to allocate 96.00 MiB.)",
         "weights_too_big",
@@ -120,6 +125,7 @@ TEXTS: list[tuple[str, FailureClass]] = [
     ),
     ("OSError: [Errno 12] Cannot allocate memory", "host_memory"),
     ("MemoryError", "host_memory"),
+    ("terminate called after throwing an instance of 'std::bad_alloc'", "host_memory"),
     ("numpy._core._exceptions._ArrayMemoryError: Unable to allocate 9 GiB", "host_memory"),
     ("Worker proc VllmWorker-1 died unexpectedly (exit code: -9), shutting down executor.", "host_memory"),
     ("Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': -9}", "host_memory"),
@@ -187,6 +193,20 @@ def test_memory_that_ends_is_classed_by_how_far_the_log_came(phase: Phase, expec
 def test_the_innermost_known_frame_decides_before_the_phase(functions: list[str], expected: FailureClass) -> None:
     phases: tuple[Phase, ...] = ("start", "weights", "kv_cache")
     assert {failed([*up_to(phase), *traceback(*functions), *PARENT], phase) for phase in phases} == {expected}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "RuntimeError: Triton Error [CUDA]: out of memory",
+        "RuntimeError: CUDA driver error: out of memory",
+        "RuntimeError: CUDA_ERROR_OUT_OF_MEMORY: the kernel cannot be loaded",
+    ],
+)
+def test_memory_that_the_driver_lacks_is_memory_too(error: str) -> None:
+    """A kernel that is loaded on its first use takes memory outside of PyTorch's allocator."""
+    lines = [*up_to("tasks"), *traceback("run_busy_loop", "execute_model", error=error), *DEAD]
+    assert classify(lines, 1, None, False, "tasks") == ("running", error)
 
 
 def test_another_rank_that_is_further_does_not_mislead() -> None:

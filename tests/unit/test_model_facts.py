@@ -15,8 +15,9 @@ from reproval.folders import FolderError, check_model_folder
 from reproval.memory_model import GIB, cache_bytes_per_token, weights_bytes
 from reproval.model_cache import cache_groups, layer_kinds
 from reproval.model_config import text_config
-from reproval.model_facts import facts_of, is_tied, read_model
-from reproval.model_tensors import ModelError, Tensor, read_header
+from reproval.model_facts import facts_of, is_tied, read_config
+from reproval.model_tensors import ModelError, Tensor, read_header, read_tensors
+from reproval.records import ModelFacts
 from reproval.time_model import active_parameters
 
 
@@ -127,6 +128,14 @@ def test_layers_of_hybrids() -> None:
         ({"layers_block_type": ["mamba", "moe", "attention", "mlp"]}, "state none full none"),
         ({"num_hidden_layers": 2, "model_type": "mamba2"}, ["state"] * 2),
         ({"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}, ["state", "full"]),
+        # A window that is not there; with one, the same layers slide.
+        ({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": None}, ["full", "full"]),
+        ({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}, ["sliding", "full"]),
+        # LongCat-Flash: two attentions a layer, which num_hidden_layers counts where it is given.
+        (
+            {"model_type": "longcat_flash", "num_layers": 2, "num_hidden_layers": 4, "kv_lora_rank": 512},
+            ["mla"] * 4,
+        ),
     ],
 )
 def test_layer_kinds(config: dict[str, Any], kinds: list[str] | str) -> None:
@@ -166,6 +175,12 @@ def test_heads_that_differ_from_layer_to_layer() -> None:
              "kv_channels": 128},
             2 * 2 * 128,
         ),
+        # Step-3.5.
+        (
+            {"num_hidden_layers": 1, "hidden_size": 4096, "num_attention_heads": 64, "num_attention_groups": 8,
+             "head_dim": 128},
+            2 * 8 * 128,
+        ),
         # MiniCPM3: the heads of queries and keys are their two parts.
         (
             {"model_type": "minicpm3", "num_hidden_layers": 1, "hidden_size": 2560, "num_attention_heads": 40,
@@ -176,6 +191,22 @@ def test_heads_that_differ_from_layer_to_layer() -> None:
 )  # fmt: skip
 def test_key_value_heads_under_their_several_names(config: dict[str, Any], per_layer: int) -> None:
     assert [group.elements_per_token for group in cache_groups(config)] == [per_layer]
+
+
+@pytest.mark.parametrize(
+    ("config", "experts", "chosen"),
+    [
+        # ERNIE-4.5: its own name; its sibling for images has one number for text and one for images.
+        ({"moe_num_experts": 64, "moe_k": 6}, 64, 6),
+        ({"moe_num_experts": [64, 64], "moe_k": 6}, 64, 6),
+        # HunYuan: one for each layer.
+        ({"num_experts": 64, "moe_topk": [8, 8, 4]}, 64, 8),
+        ({"moe_k": 6}, 0, 0),
+    ],
+)
+def test_experts_under_their_several_names_and_forms(config: dict[str, Any], experts: int, chosen: int) -> None:
+    found = facts_of(SHAPES | config, [])
+    assert (found.experts, found.experts_per_token) == (experts, chosen)
 
 
 def test_layers_of_two_kinds_may_have_heads_of_their_own() -> None:
@@ -346,6 +377,42 @@ def test_unknown_architecture_is_refused() -> None:
         facts_of({"model_type": "new"}, [Tensor("w", "BF16", (2, 2))])
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"sliding_window": 8, "sliding_window_pattern": "LLLG"},
+        {"num_key_value_heads": [2]},
+        {"block_configs": [{}]},
+        {"linear_attn_config": [1]},
+    ],
+)
+def test_a_value_that_is_not_understood_is_no_traceback(form: dict[str, Any]) -> None:
+    with pytest.raises(
+        ModelError, match=r"config\.json: a value could not be understood: \w+Error: .*model_type 'new'"
+    ):
+        facts_of(SHAPES | form | {"model_type": "new"}, [])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "longest"),
+    [
+        ({"n_positions": 512, "max_position_embeddings": 1024}, 512),
+        ({"seq_length": 512, "max_seq_len": 256, "seq_len": 1024}, 256),
+        ({"max_sequence_length": 512}, 512),
+        ({"max_seq_length": 512}, 512),
+        # Command-R: it goes before a smaller one.
+        ({"max_position_embeddings": 8192, "model_max_length": 131072}, 131072),
+        # Not among vLLM's names.
+        ({"n_ctx": 512}, 2**20),
+        # Falcon-7B names none: its class has one.
+        ({"model_type": "falcon"}, 2048),
+        ({"model_type": "falcon", "max_position_embeddings": 8192}, 8192),
+    ],
+)
+def test_the_longest_sequence_is_that_of_vllm_s_rule(lengths: dict[str, Any], longest: int) -> None:
+    assert facts_of(SHAPES | lengths, []).max_position_embeddings == longest
+
+
 SHAPES = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 16}
 
 
@@ -401,6 +468,10 @@ def checkpoint(tmp_path: Path) -> Path:
     weight_map = {"model.embed_tokens.weight": "model-1.safetensors", "lm_head.weight": "model-2.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return tmp_path
+
+
+def read_model(folder: Path) -> ModelFacts:
+    return facts_of(read_config(folder), read_tensors(folder))
 
 
 def test_shards_of_the_index_and_no_other_file(checkpoint: Path) -> None:

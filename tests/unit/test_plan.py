@@ -341,6 +341,42 @@ def test_bfloat16_is_refused_on_a_gpu_that_has_none_with_the_mend() -> None:
     assert planned("SmolLM2-135M", Hardware(gpus=0, host_memory_bytes=16 * GIB, cpus=2), tiers=tiers).fits
 
 
+@pytest.mark.parametrize(
+    ("name", "asked", "capability", "words"),
+    [
+        ("Qwen2-7B-Instruct-GPTQ-Int4", {"dtype": "float32"}, "9.0", "float32 with quantization gptq. Set `dtype` of"),
+        ("Qwen2-7B-Instruct-AWQ", {"dtype": "float32"}, "9.0", "start, to bfloat16 or float16."),
+        ("Qwen2-7B-Instruct-AWQ", {"dtype": "float32"}, "7.5", "start, to float16."),
+        ("Qwen3-32B-FP8", {"dtype": "float32"}, "9.0", "float32 with quantization fp8."),
+        ("Qwen3-4B", {"dtype": "float32", "quantization": "fp8"}, "9.0", "float32 with quantization fp8."),
+        ("gpt-oss-20b", {"dtype": "float16"}, "9.0", "float16 with quantization mxfp4. Set `dtype` of the model, or"),
+        ("gpt-oss-20b", {"dtype": "float32"}, "9.0", "start, to bfloat16."),
+        ("gpt-oss-20b", {}, "7.5", "float16 with quantization mxfp4. Choose a GPU of compute capability 8.0 or more"),
+        # Each mend leads to settings that run.
+        (
+            "gpt-oss-20b",
+            {"dtype": "bfloat16"},
+            "7.5",
+            "this one has 7.5. Choose a GPU of compute capability 8.0 or more",
+        ),
+        ("Qwen2-7B-Instruct-AWQ", {"dtype": "bfloat16"}, "7.5", "start, to float16, or leave it out."),
+        ("gemma-2-9b", {"dtype": "float16"}, "7.5", "start, to float32, or leave it out."),
+        ("Qwen2-7B-Instruct-AWQ", {"quantization": "fp8"}, "9.0", "quantized already (awq). Delete `quantization`"),
+        ("Qwen3-32B-FP8", {"quantization": "bitsandbytes"}, "9.0", "quantized already (fp8)"),
+        ("Qwen2-7B-Instruct-GPTQ-Int4", {"dtype": "float16"}, "7.5", None),
+        ("gpt-oss-20b", {}, "8.0", None),
+        ("Qwen3-32B-FP8", {"quantization": "fp8"}, "9.0", None),
+        ("Qwen3-4B", {"dtype": "float32", "quantization": "bitsandbytes"}, "9.0", None),
+    ],
+)
+def test_pairs_of_dtype_and_quantization_that_vllm_refuses_are_not_planned(
+    name: str, asked: dict[str, Any], capability: str, words: str | None
+) -> None:
+    plan = planned(name, gpu(80, capability=capability), asked=ModelConfig(path="m", **asked))
+    assert plan.fits == (words is None)
+    assert (words or "") in (plan.advice or "")
+
+
 def test_float32_checkpoints_run_in_16_bit() -> None:
     plan = planned("OLMo-2-1124-13B", H100)
     assert plan.ladder[0].settings.dtype == "bfloat16"
@@ -615,6 +651,14 @@ def test_what_the_run_asks_for_reaches_the_plan(files: list[str], tmp_path: Path
     assert plan.ladder[0].predicted.prompt_logprobs_bytes == rows
     assert command.main([*files, "--policy", "published"]) == 0
     assert read_record(tmp_path / "plan.json", Plan).policy == "published"
+
+
+def test_the_plan_says_that_it_passed_over_fp8_for_want_of_the_gpus_capability() -> None:
+    known = gpu(44.5)
+    for hardware, method in ((known, "fp8"), (known.model_copy(update={"compute_capability": None}), "bitsandbytes")):
+        (lever,) = planned("Qwen3-32B", hardware).levers
+        assert lever.after == method
+        assert ("hardware.compute_capability is not given" in lever.reason) == (method == "bitsandbytes")
 
 
 def test_levers_that_change_no_score_are_not_marked() -> None:

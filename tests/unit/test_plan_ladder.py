@@ -101,6 +101,17 @@ def test_nothing_is_quantized_on_a_cpu_or_twice() -> None:
     assert len(list(groups_of(case("Qwen3-14B", host, TIERS.policies["auto"], rule), stock(4096)))) == 1
 
 
+def test_fp8_is_no_way_to_quantize_in_float32() -> None:
+    rule = TierRule(score_levers=["quantization", "dtype"])
+    wide = stock(4096).model_copy(update={"dtype": "float32"})
+    steps = groups_of(case("Qwen3-14B", gpu(80), TIERS.policies["auto"], rule), wide)
+    assert [(step.dtype, step.quantization) for step in steps] == [
+        ("float32", None),
+        ("float32", "bitsandbytes"),
+        ("bfloat16", "bitsandbytes"),
+    ]
+
+
 def test_a_ladder_has_few_and_big_steps() -> None:
     """docs/plan.md: less cache, the frugal settings, the most frugal ones, more GPUs, and last what changes scores."""
     rungs = [rung.settings for rung in planned("Qwen3-14B", gpu(80, 2)).ladder]

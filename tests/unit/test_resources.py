@@ -11,6 +11,7 @@ from examples import engine_settings
 from reproval import resources
 from reproval.files import write_record
 from reproval.records import Attempt, Attempts, Hardware, MemoryPrediction, Plan, Rung, TimeEstimate
+from reproval.supervise_ladder import BusyPolicy
 
 GIB = 2**30
 
@@ -127,8 +128,13 @@ def test_memory_is_the_prediction_with_a_margin_and_more_at_each_attempt_up_to_w
 
 def test_time_is_the_estimate_with_a_margin_and_more_at_each_attempt() -> None:
     made = plan(rung())
-    assert [resources.runtime_min(made, attempt) for attempt in (1, 2, 3)] == [139, 278, 417]
-    assert resources.runtime_min(plan(rung(), work_s=None)) == 15
+    assert [resources.runtime_min(made, attempt) for attempt in (1, 2, 3)] == [149, 298, 447]
+    assert resources.runtime_min(plan(rung(), work_s=None)) == 25
+
+
+def test_a_job_with_a_gpu_has_the_time_to_wait_for_it() -> None:
+    with_gpu, without = (resources.runtime_min(plan(rung(), gpus=gpus)) for gpus in (1, 0))
+    assert (with_gpu - without) * 60 == sum(BusyPolicy().waits())
 
 
 def test_a_model_that_does_not_fit_costs_no_gpu_to_say_so() -> None:

@@ -51,7 +51,9 @@ class EvaluateError(Exception):
 
 def child_environment(parent: Mapping[str, str], run: RunFile, runner: Runner) -> dict[str, str]:
     """The child's variables: the caller's without anything that looks like a secret, and what the engine is to read."""
-    left_out = {name for name in parent if SECRET_NAME.search(name)} | {"VLLM_USE_V2_MODEL_RUNNER"}
+    # What plan and configuration decide: a result's key and the report say what they say, whatever the caller has.
+    decided = {"VLLM_USE_V2_MODEL_RUNNER", "VLLM_BATCH_INVARIANT"}
+    left_out = {name for name in parent if SECRET_NAME.search(name)} | decided
     chosen = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if runner == "v1" and run.hardware.gpus else {}
     return {name: value for name, value in parent.items() if name not in left_out} | environment(run) | chosen
 
@@ -62,8 +64,19 @@ def deadlines(silence_limit_h: str) -> supervise.Deadlines:
 
 
 def gpus_here(gpus: int, visible: int, env: Mapping[str, str]) -> int:
-    """Of a job's GPUs those on this node, which alone can be claimed and measured: on a Ray cluster not all."""
-    return min(gpus, visible) if env.get("RAY_ADDRESS") else gpus
+    """Of a job's GPUs those on this node, which alone can be claimed and measured: on a Ray cluster not all.
+
+    `visible` is 0 where NVML does not tell. Raises EvaluateError if there are fewer than the job's.
+    """
+    if env.get("RAY_ADDRESS"):
+        return min(gpus, visible)
+    if 0 < visible < gpus:
+        raise EvaluateError(
+            f"the job needs {gpus} GPUs, and sees {visible} (CUDA_VISIBLE_DEVICES is "
+            f"{env.get('CUDA_VISIBLE_DEVICES', 'not set')}); let it see {gpus}, or set hardware.gpus to {visible} and "
+            "plan again"
+        )
+    return gpus
 
 
 def score_levers(plan: Plan, rung: int) -> list[PulledLever]:
@@ -334,6 +347,8 @@ def main() -> None:
         else:
             shard = ShardTask(shard=options.shard, shards=options.shards, answers=str(options.answers))
             record, traces = evaluate_shard(replace(job, shard=shard), shard)
+        memory.write_trace(options.trace, *traces)
+        write_record(options.out, record)
     except (EvaluateError, RecordError) as error:
         _end(f"reproval evaluate: {error}", options.log)
     except OSError as error:
@@ -343,8 +358,6 @@ def main() -> None:
             "room, permit it), and start again: what is finished is kept",
             options.log,
         )
-    memory.write_trace(options.trace, *traces)
-    write_record(options.out, record)
 
 
 if __name__ == "__main__":

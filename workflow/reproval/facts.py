@@ -27,8 +27,8 @@ def make_facts(run: RunFile, manifest: ModelManifest, results: Path) -> Facts:
     """
     folder = Path(manifest.folder)
     config, tensors = read_config(folder), read_tensors(folder)
+    found = facts_of(config, tensors)  # First: its message is for values that the check would stumble over too.
     check(config, tensors, f"{folder}/config.json")
-    found = facts_of(config, tensors)
     trusted = run.run.model.trust_remote_code
     _refuse_unknown(folder, config.get("model_type"), trusted)
     try:

@@ -24,7 +24,7 @@ from reproval.records import (
 
 Scoring = Literal["stock", "suffix"]
 
-KIB, MIB, GIB = 1024, 1024**2, 1024**3
+MIB, GIB = 1024**2, 1024**3
 
 BLOCK_TOKENS = 16
 """Tokens of one KV block on a GPU; a request holds whole blocks."""

@@ -66,6 +66,9 @@ def layer_kinds(text: Config) -> list[str]:
     names = text.get("layer_types") or text.get("layers_block_type")
     if model_type in ("mamba", "mamba2", "falcon_mamba"):
         return ["state"] * layers
+    if model_type == "longcat_flash":
+        # Two attentions in each (FlashDecoderLayer of vllm/model_executor/models/longcat_flash.py).
+        return [attention] * 2 * layers
     if model_type == "falcon_h1":
         return ["full", "state"] * layers
     if pattern := text.get("hybrid_override_pattern"):
@@ -74,6 +77,9 @@ def layer_kinds(text: Config) -> list[str]:
         # Gemma 3n's last layers read the cache of earlier ones.
         own = names[: len(names) - int(text.get("num_kv_shared_layers") or 0)]
         kinds = [_NAMED_KINDS.get(name, attention) for name in own]
+        if not text.get("sliding_window"):
+            # Layers that are to slide over no window keep all.
+            kinds = [attention if kind == "sliding" else kind for kind in kinds]
         return kinds + ["state" for name in own if name == "hybrid"]
     if sliding := text.get("hybrid_layer_pattern"):
         return ["sliding" if slides else attention for slides in sliding]

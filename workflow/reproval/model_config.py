@@ -35,6 +35,7 @@ _CLASS_DEFAULTS: dict[str, dict[str, int]] = {
         "head_dim": 256,
         "max_position_embeddings": 131072,
     },
+    "falcon": {"max_position_embeddings": 2048},
     "llama": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "mistral": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
@@ -51,6 +52,9 @@ def completed(text: Config, tensors: Iterable[Tensor]) -> Config:
 
 
 def layer_count(text: Config) -> int:
+    if text.get("model_type") == "longcat_flash" and text.get("num_layers"):
+        # Its num_hidden_layers counts attentions, of which a layer has two.
+        return int(text["num_layers"])
     count = first(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
     if count is None:
         return len(text.get("hybrid_override_pattern") or text.get("layers_block_type") or ())
@@ -76,7 +80,9 @@ def kv_heads(text: Config) -> int:
     attention = text.get("attn_config")
     if isinstance(attention, dict) and attention.get("kv_n_heads"):
         return int(attention["kv_n_heads"])
-    given = first(text, "num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num")
+    given = first(
+        text, "num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num", "num_attention_groups"
+    )
     return int(given or attention_heads(text))
 
 
@@ -91,12 +97,12 @@ def head_dim(text: Config) -> int:
 
 def experts(text: Config) -> int:
     names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
-    return int(first(text, *names, default=0))
+    return int(_largest(first(text, *names, default=0)))
 
 
 def experts_per_token(text: Config) -> int:
-    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts")
-    return int(first(text, *names, default=0)) if experts(text) else 0
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "moe_k")
+    return int(_largest(first(text, *names, default=0))) if experts(text) else 0
 
 
 def quantization_method(quantization: Config) -> str | None:
@@ -129,17 +135,30 @@ def declared_dtype(config: Config) -> Dtype | None:
 def intermediate_size(text: Config) -> int:
     """The widest MLP of a layer; for a mixture of experts, of one expert."""
     sizes = first(text, "moe_intermediate_size", "intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim", "d_ff")
-    if isinstance(sizes, list):
-        sizes = max(sizes)
-    return int(sizes or 4 * hidden_size(text))
+    return int(_largest(sizes) or 4 * hidden_size(text))
+
+
+def _largest(value: Any) -> Any:
+    """Of what a configuration may give for each layer, or for text and images apart, the largest."""
+    return max(value, default=0) if isinstance(value, list) else value
+
+
+# derive_max_model_len_and_key of vllm/transformers_utils/model_arch_config_convertor.py.
+_LENGTHS = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length", "max_target_positions",
+    "max_sequence_length", "max_seq_length", "seq_len",
+)  # fmt: skip
 
 
 def longest_sequence(text: Config) -> int:
-    """max_position_embeddings under its several names, times the factor of its rotary scaling where vLLM takes that.
+    """The length that vLLM refuses to exceed, times the factor of its rotary scaling where vLLM takes that.
 
-    A model without positions (Mamba, ALiBi) gets 2^20.
+    Of several names the smallest counts, and model_max_length before all. A model without positions (Mamba, ALiBi),
+    for which vLLM takes what it is asked for, gets 2^20.
     """
-    value = first(text, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+    value = text.get("model_max_length") or min(
+        (text[key] for key in _LENGTHS if text.get(key) is not None), default=None
+    )
     return int(value * _rotary_factor(text)) if value else 2**20
 
 

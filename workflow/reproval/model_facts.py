@@ -20,16 +20,10 @@ from reproval.model_tensors import (
     logical_elements,
     nested_absmax_elements,
     read_json,
-    read_tensors,
     stored_bytes,
     totals,
 )
 from reproval.records import Dtype, ModelFacts
-
-
-def read_model(folder: Path) -> ModelFacts:
-    """Facts of a local checkpoint. Raises ModelError."""
-    return facts_of(read_config(folder), read_tensors(folder))
 
 
 def read_config(folder: Path) -> Config:
@@ -44,7 +38,18 @@ def read_config(folder: Path) -> Config:
 
 def facts_of(config: Config, tensors: Iterable[Tensor]) -> ModelFacts:
     """Facts from a configuration and the tensors of a checkpoint. Pure. Raises ModelError."""
-    tensors = list(tensors)
+    try:
+        return _facts_of(config, list(tensors))
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        # Of hundreds of architectures, some key has a form that no other has.
+        raise ModelError(
+            f"config.json: a value could not be understood: {type(error).__name__}: {error}; expected the keys as the "
+            f"class of model_type {config.get('model_type')!r} in transformers has them; correct them, or copy "
+            "config.json from where the weights come from"
+        ) from error
+
+
+def _facts_of(config: Config, tensors: list[Tensor]) -> ModelFacts:
     text = model_config.completed(text_config(config), tensors)
     quantization = config.get("quantization_config") or text.get("quantization_config") or {}
     layers, experts = model_config.layer_count(text), model_config.experts(text)

@@ -95,7 +95,7 @@ def _plan(run: str, model: str, case: Case, asked: ModelConfig, seed: int | None
     if case.runner == "v1" and case.hardware.gpus:
         reasons.add("runner", "v1", "VLLM_USE_V2_MODEL_RUNNER=0 where Snakemake was started")
     first, given = first_settings(case, asked, seed, reasons, policy)
-    impossible = refusal(case, first.dtype)
+    impossible = refusal(case, first.dtype, first.quantization)
     # A share of a GPU is for models that need no more than neutral levers on one GPU: the first group.
     places = list(groups_of(case, first))[: 1 if case.jobs_per_gpu > 1 else None]
     groups = [list(neutral_steps(case, each)) for each in places]
@@ -140,10 +140,14 @@ def _plan(run: str, model: str, case: Case, asked: ModelConfig, seed: int | None
 
 def _need_text(case: Case, first: EngineSettings, settled: Settled) -> str:
     needed = without_cache_bytes(case, first) + needed_cache_bytes(case, first)
-    return (
+    text = (
         f"without a lever at least {gib(needed)} would be needed and {gib(case.budget_bytes)} may be planned; with "
         f"those pulled, the predicted peak is {gib(peak_bytes(case, settled.predicted))}"
     )
+    unknown = case.hardware.compute_capability is None and "fp8" in case.rule.quantizations
+    if unknown and settled.settings.quantization == "bitsandbytes":
+        text += "; fp8 was not considered, as hardware.compute_capability is not given"
+    return text
 
 
 def _amend(reasons: Reasons, settings: EngineSettings, levers: list[PulledLever]) -> None:
@@ -242,7 +246,9 @@ def _advice(case: Case, first: EngineSettings) -> str:
     if enough:
         sentences.append(f"{enough} such GPUs with tensor parallelism would do.")
     if case.facts.quantization is None and frugal.quantization is None:
-        methods = [name for name in possible_quantizations(case, ["fp8", "bitsandbytes"]) if fits(1, name)]
+        methods = [
+            name for name in possible_quantizations(case, ["fp8", "bitsandbytes"], frugal.dtype) if fits(1, name)
+        ]
         if methods:
             sentences.append(
                 f"So would quantization ({' or '.join(methods)}) on one GPU, which changes scores: set "

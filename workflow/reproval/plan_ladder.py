@@ -28,9 +28,10 @@ from reproval.plan_start import (
     changes_requests,
     gib,
     length_text,
+    quantized_dtypes,
     requests_over,
 )
-from reproval.records import EngineSettings, Lever, MemoryPrediction, ModelFacts, PulledLever, Rung
+from reproval.records import Dtype, EngineSettings, Lever, MemoryPrediction, ModelFacts, PulledLever, Rung
 
 # Below the first of each pair, throughput suffers before memory is won; the second is the last step.
 _FRUGAL_TOKENS, _FEWEST_TOKENS = 2048, 512
@@ -58,7 +59,7 @@ def _score_steps(case: Case, first: EngineSettings) -> Iterator[EngineSettings]:
     current = first
     for lever in case.rule.score_levers:
         if lever == "quantization" and first.quantization is None:
-            for method in possible_quantizations(case, case.rule.quantizations):
+            for method in possible_quantizations(case, case.rule.quantizations, current.dtype):
                 current = current.model_copy(update={"quantization": method})
                 yield current
         if lever == "kv_cache_dtype" and first.kv_cache_dtype == "auto" and case.hardware.gpus:
@@ -75,13 +76,13 @@ def _score_steps(case: Case, first: EngineSettings) -> Iterator[EngineSettings]:
                 yield current
 
 
-def possible_quantizations(case: Case, methods: list[str]) -> list[str]:
-    """Of these ways to quantize while loading, those that the machine and the checkpoint can take."""
+def possible_quantizations(case: Case, methods: list[str], dtype: Dtype) -> list[str]:
+    """Of these ways to quantize while loading, those that the machine, the checkpoint and the dtype can take."""
     if not case.hardware.gpus or case.facts.quantization is not None:
         return []
     known = case.hardware.compute_capability
     fp8 = known is not None and not capability.lacks(known, capability.FP8)
-    return [method for method in methods if method != "fp8" or fp8]
+    return [method for method in methods if (method != "fp8" or fp8) and dtype in quantized_dtypes(method)]
 
 
 def _parallel_sizes(case: Case) -> list[int]:

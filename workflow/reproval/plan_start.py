@@ -39,6 +39,13 @@ FEWEST_SUBMITTED, MOST_SUBMITTED = 64, 8192
 _SHORTEST_LENGTH = 256
 _NO_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
 """Model types that vLLM refuses in float16 (_FLOAT16_NOT_SUPPORTED_MODELS of vllm/config/model.py)."""
+_QUANTIZED_DTYPES: dict[str, tuple[Dtype, ...]] = {
+    "fp8": ("bfloat16", "float16"),
+    "gptq": ("bfloat16", "float16"),
+    "awq": ("bfloat16", "float16"),
+    "mxfp4": ("bfloat16",),
+}
+"""What vLLM computes in with these methods (get_supported_act_dtypes of vllm/model_executor/layers/quantization)."""
 _LEAST_CONTEXT = 64
 """Tokens of a prompt that a length cap leaves beside the longest answer."""
 
@@ -237,19 +244,41 @@ def _max_model_len(case: Case, asked: ModelConfig, reasons: Reasons, give: Any, 
     return wanted
 
 
-def refusal(case: Case, dtype: Dtype) -> str | None:
-    """Why no settings with this dtype can run the work, and the mend; None if nothing is known against it."""
+def quantized_dtypes(method: str | None) -> tuple[Dtype, ...]:
+    """What vLLM computes in where weights are quantized so; every dtype where nothing is known against it."""
+    return _QUANTIZED_DTYPES.get(method or "", get_args(Dtype))
+
+
+def refusal(case: Case, dtype: Dtype, quantization: str | None = None) -> str | None:
+    """Why no settings with these two can run the work, and the mend; None if nothing is known against them."""
+    stored = case.facts.quantization
+    if quantization and stored and quantization != stored:
+        return (
+            f"vLLM refuses to quantize with {quantization} a checkpoint that is quantized already ({stored}). Delete "
+            "`quantization` of the model: the checkpoint's own is used by itself."
+        )
+    method = quantization or stored
+    wrong = {"float16"} if case.facts.model_type in _NO_FLOAT16 else set()
+    wrong |= {"bfloat16"} if case.lacks_bfloat16 else set()
+    left = [each for each in sorted(quantized_dtypes(method)) if each not in wrong]
+    mend = (
+        f"Set `dtype` of the model, or of the policy's start, to {' or '.join(left)}"
+        if left
+        else "Choose a GPU of compute capability 8.0 or more, or a checkpoint that is not quantized so"
+    )
+    or_none = ", or leave it out." if left else "."
     if dtype == "float16" and case.facts.model_type in _NO_FLOAT16:
         return (
             f"vLLM refuses dtype float16 for {case.facts.model_type} models, which are numerically unstable in it. "
-            "Set `dtype` of the model, or of the policy's start, to bfloat16 or float32, or leave it out."
+            f"{mend}{or_none}"
         )
     if dtype == "bfloat16" and case.lacks_bfloat16:
         return (
             "vLLM refuses dtype bfloat16 on a GPU of compute capability below 8.0, and this one has "
-            f"{case.hardware.compute_capability}. Set `dtype` of the model, or of the policy's start, to "
-            f"{'float32' if case.facts.model_type in _NO_FLOAT16 else 'float16 or float32'}, or leave it out."
+            f"{case.hardware.compute_capability}. {mend}{or_none}"
         )
+    if dtype not in quantized_dtypes(method):
+        return f"vLLM refuses dtype {dtype} with quantization {method}. {mend}."
     answer, limit = case.work.longest_answer, case.facts.max_position_embeddings
     if answer >= limit:
         return (

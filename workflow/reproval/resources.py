@@ -26,6 +26,9 @@ RAISE = 1.5
 
 SETUP_S = 900.0
 """Before and beside the engine: the image is hashed, weights come from a busy file system, a rung or two fail."""
+BUSY_S = 600.0
+"""How long a GPU that a neighbour holds is waited for in all (supervise_ladder.py). Without it in the limit, the
+scheduler would end a short job before it can name the neighbour."""
 TIME_MARGIN = 2.0
 """On the estimated time, of whose constants most are assumed."""
 
@@ -118,4 +121,5 @@ def runtime_min(plan: Plan, attempt: int = 1, shards: int = 1) -> int:
     has its part of the work.
     """
     estimated = plan.time.engine_start_s + plan.time.work_s / shards if plan.time else 0.0
-    return math.ceil((SETUP_S + TIME_MARGIN * estimated) / 60) * attempt
+    busy = BUSY_S if gpus(plan) else 0.0
+    return math.ceil((SETUP_S + busy + TIME_MARGIN * estimated) / 60) * attempt

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from reproval import failures
 from reproval.records import Attempt, EngineSettings, Rung
+from reproval.resources import BUSY_S
 from reproval.supervise import ChildOutcome
 
 
@@ -20,7 +21,7 @@ class BusyPolicy:
 
     first_s: float = 15.0
     longest_s: float = 240.0
-    limit_s: float = 1800.0
+    limit_s: float = BUSY_S
 
     def waits(self) -> Iterator[float]:
         """The waits in seconds, one after the other, until their sum is `limit_s`."""
