@@ -24,6 +24,7 @@ from reproval.bundle_content import CONFIGURATION, SBOM, configuration, read_run
 from reproval.bundle_crate import CRATE, crate
 from reproval.files import read_record, sha256_file, write_record
 from reproval.records import Container, Evaluation, ModelManifest, StoredFile, UnitResult
+from reproval.run_file import RunFile, model_key
 from reproval.settings import ContainerConfig, ModelConfig, Run, TaskSettings, Unit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -265,7 +266,34 @@ def test_a_bundle_without_a_configuration_is_refused(tmp_path: Path, text: bytes
 @pytest.mark.parametrize("image", ["/home/alice/engine.sif", "images/engine.simg", "docker://r/n@sha256:" + "a" * 64])
 def test_an_image_that_is_a_file_stays_where_it_is(image: str) -> None:
     run = examples.run_file(container=ContainerConfig(image=image))
-    assert configuration([run]).get("container") == ({"image": image} if "://" in image else None)
+    assert configuration([run], {}).get("container") == ({"image": image} if "://" in image else None)
+
+
+def test_a_branch_is_bundled_as_the_commit_that_was_evaluated(project: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "project"
+    shutil.copytree(project, folder)
+    hub = {"hub": "org/m", "revision": "main", "allow_floating": True}
+    manifests = folder / "resources/manifests/models"
+    for path in folder.rglob("run.json"):
+        old = read_record(path, RunFile)
+        run = old.run.model_copy(update={"model": ModelConfig(**hub), "identity": {"model": hub}})
+        write_record(path, old.model_copy(update={"run": run}))
+        # The other was staged for another configuration of that model.
+        for name, commit in ((model_key(run), "c" * 40), ("smollm2-135m-00", "d" * 40)):
+            kept = ModelManifest(
+                model=run.model_name,
+                source="hub",
+                hub_id="org/m",
+                revision=commit,
+                folder="m",
+                files=[],
+                digest="2" * 64,
+            )
+            write_record(manifests / f"{name}.json", kept)
+    make(folder, tmp_path / "bundle.zip", tmp_path / "none")
+    with zipfile.ZipFile(tmp_path / "bundle.zip") as packed:
+        (model,) = yaml.safe_load(packed.read(CONFIGURATION))["models"].values()
+    assert {key: model.get(key) for key in hub} == {"hub": "org/m", "revision": "c" * 40, "allow_floating": None}
 
 
 def test_every_run_names_the_images_that_it_was_made_in(tmp_path: Path) -> None:

@@ -64,11 +64,11 @@ def test_every_seed_is_moved_by_the_repeat(tmp_path: Path) -> None:
 
 
 def test_a_bundle_asks_for_the_same_repeats_of_the_same_configuration(tmp_path: Path) -> None:
-    asked = bundle_content.configuration(files(tmp_path, repeats=N))
+    asked = bundle_content.configuration(files(tmp_path, repeats=N), {})
     assert asked["repeats"] == N
     assert asked["seed"] is None
     assert [task["generation"]["seed"] for task in asked["suites"]["s"]["tasks"]] == [7]
-    assert "repeats" not in bundle_content.configuration(files(tmp_path))
+    assert "repeats" not in bundle_content.configuration(files(tmp_path), {})
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------

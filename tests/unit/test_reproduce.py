@@ -469,6 +469,19 @@ def test_a_generation_setting_of_one_side_only_is_named(
         assert (unlike.what, unlike.reference, unlike.here) == ("generation: temperature", *expected)
 
 
+def test_a_variable_of_vllm_of_one_side_only_is_named(project: synthetic.Project, other: Path, tmp_path: Path) -> None:
+    # Batch invariance has a line of its own.
+    variables = {"VLLM_BATCH_INVARIANT": "1", "VLLM_SLEEP_WHEN_IDLE": "1"}
+    old = next(r for p in other.glob("tasks/*/*/result.json") if (r := read_record(p, UnitResult)).task == "sums")
+    made = old.provenance.model_copy(update={"engine_variables": variables, "batch_invariant": True})
+    edit(other, "sums", lambda _: None, provenance=made)
+    _, found = judged(project.results, other, tmp_path)
+    assert [(unlike.what, unlike.reference, unlike.here) for unlike in score(found, "sums", "exact_match").unlike] == [
+        ("batch invariant", "false", "true"),
+        ("vLLM's variables: VLLM_SLEEP_WHEN_IDLE", "not set", "1"),
+    ]
+
+
 @pytest.mark.parametrize("margin", ["0", "-0.1", "nan", "much"])
 def test_a_margin_that_is_none_is_refused(margin: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:

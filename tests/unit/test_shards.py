@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-from examples import engine_settings, model_facts, provenance_record, task_facts
+from examples import engine_settings, model_facts, provenance_record, run_file, task_facts
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,6 +29,7 @@ from reproval.records import (
     ShardResult,
     TimeEstimate,
 )
+from reproval.tasks import TaskError
 
 # --- how many --------------------------------------------------------------------------------------------------------
 
@@ -293,3 +297,31 @@ def test_traces_are_joined_with_their_attempts_numbered_on(tmp_path: Path) -> No
 def test_the_length_of_an_answer_by_any_of_its_names(generation: dict[str, Any], tokens: int) -> None:
     assert shards.answer_tokens(generation) == tokens
     assert shards.context_and_tokens("generate_until", ["text", generation]) == ("text", tokens)
+
+
+FULL = os.strerror(errno.ENOSPC)
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (OSError(errno.ENOSPC, FULL), f"results: {FULL}; mend that (make room, permit it), and start again"),
+        (OSError(errno.ENOSPC, FULL, "/r/t"), f"/r/t: {FULL}; mend that (make room, permit it), and start again"),
+        (TaskError("suites.s.tasks: t: no such task"), "suites.s.tasks: t: no such task"),
+    ],
+)
+@pytest.mark.parametrize("where", ["merge", "write_record"])
+def test_a_merge_that_ends_says_why(monkeypatch: pytest.MonkeyPatch, raised: Exception, said: str, where: str) -> None:
+    def fail(*_: object) -> None:
+        raise raised
+
+    for name in ("merge", "read_shards", "write_record"):
+        monkeypatch.setattr(merge, name, lambda *_: [])
+    monkeypatch.setattr(merge, where, fail)
+    monkeypatch.setattr(merge, "read_record", lambda *_: run_file())
+    monkeypatch.setattr(merge.memory, "join_traces", lambda *_: None)
+    names = ("run", "facts", "plan", "manifest", "results", "out", "trace", "shards")
+    monkeypatch.setattr(sys, "argv", ["merge", *(word for name in names for word in (f"--{name}", name))])
+    with pytest.raises(SystemExit) as stopped:
+        merge.main()
+    assert str(stopped.value).startswith(f"reproval merge: {said}")

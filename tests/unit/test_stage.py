@@ -9,6 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from examples import run_file
 from loopback_hub import COMMIT, Hub, serving
 
 from reproval import download, stage, store
-from reproval.files import read_record
+from reproval.files import read_record, write_record
 from reproval.model_tensors import Tensor, read_tensors
 from reproval.records import ModelManifest, StoredFile
 from reproval.run_file import RunFile, model_key, write_snapshot
@@ -359,3 +361,134 @@ def test_what_is_too_large_for_http_is_left_to_the_client(tmp_path: Path, monkey
     with pytest.raises(stage.StageError, match=r"not what the Hub promised: .*c\.safetensors: missing"):
         stage.fetch_files("org/m", COMMIT, [weights(name, size) for name, size in sizes.items()], tmp_path)
     assert (ours, theirs) == (["a.safetensors", "b.safetensors"], ["c.safetensors"])
+
+
+LOGIN_PAGE = json.JSONDecodeError("Expecting value", "<html>", 0)
+
+
+@pytest.mark.parametrize("raised", [RuntimeError("Task error: CAS Client Error"), LOGIN_PAGE, OSError("no route")])
+def test_whatever_a_client_raises_the_hub_was_not_reached(
+    tmp_path: Path, hub: str, monkeypatch: pytest.MonkeyPatch, raised: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise raised
+
+    model = {"hub": "org/m", "revision": COMMIT}
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", fail)
+    with pytest.raises(stage.Unreachable, match=rf"models\.m: org/m at {COMMIT} could not be fetched: "):
+        stage.stage_model("m", ModelConfig(**model), tmp_path / "store")
+    assert run(tmp_path, hub, model).returncode == 0
+    kept = stage.stage_model("m", ModelConfig(**model), tmp_path / "store")
+    assert kept == read_record(tmp_path / "manifest.json", ModelManifest)
+
+
+def test_what_is_not_the_networks_fault_is_not_called_so() -> None:
+    told = stage.StageError("not what the Hub promised")
+    with pytest.raises(stage.StageError) as caught, stage._reaching("m", "org/m", COMMIT):
+        raise told
+    assert caught.value is told
+
+
+def test_a_file_that_cannot_be_written_is_told_with_its_mend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    local = ModelManifest(model="m", source="local", folder=str(tmp_path), files=[], digest="0" * 64)
+    write_record(tmp_path / "m.json", local)
+    out = tmp_path / "m.json/m.weights"
+    monkeypatch.setattr(sys, "argv", ["stage", "weights", "--manifest", str(tmp_path / "m.json"), "--out", str(out)])
+    with pytest.raises(SystemExit) as stopped:
+        stage.main()
+    message = str(stopped.value)
+    assert message.startswith(f"reproval stage: {tmp_path}/m.json")
+    assert "mend that (make room, permit it), and start again" in message
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize(
+    ("gone", "there", "said"),
+    [
+        (
+            ("config.json", "model.safetensors"),
+            ("adapter_config.json", "adapter_model.safetensors"),
+            "found an adapter (adapter_config.json) without the model that it changes; expected a whole model; ",
+        ),
+        (("config.json",), (), "found no config.json; there: model.safetensors, tokenizer.json; expected "),
+        (("tokenizer.json",), (), "found no tokenizer; there: config.json, model.safetensors; expected "),
+    ],
+)
+def test_a_repository_that_is_no_whole_model_is_refused(
+    tmp_path: Path, hub: str, gone: tuple[str, ...], there: tuple[str, ...], said: str, large: bool
+) -> None:
+    for name in gone:
+        del Hub.files[name], Hub.promised[name]
+    for name in there:
+        Hub.files[name] = Hub.promised[name] = b"{}"
+    for name in [name for name in Hub.files if name.endswith(".safetensors")]:
+        Hub.files[name] = Hub.promised[name] = LARGE if large else FILES["model.safetensors"]
+    done = run(tmp_path, hub, {"hub": "org/m", "revision": COMMIT}, weights=False)
+    assert done.returncode != 0
+    assert f"reproval stage: models.m: org/m: {said}" in done.stderr
+    assert "and give it as `path`: " in done.stderr
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_code_of_a_checkpoint_may_bring_its_own_tokenizer(tmp_path: Path, hub: str) -> None:
+    del Hub.files["tokenizer.json"], Hub.promised["tokenizer.json"]
+    Hub.files["tiktoken.model"] = Hub.promised["tiktoken.model"] = b"as Kimi's"
+    done = run(tmp_path, hub, {"hub": "org/m", "revision": COMMIT, "trust_remote_code": True})
+    assert done.returncode == 0, done.stderr
+
+
+def two_models_at_once(store: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stage the weights of two models of one commit at the same time; return the folders that were downloaded to."""
+    data = b"weights"
+    entry = weights("model.safetensors", len(data), hashlib.sha256(data).hexdigest())
+    fetched = []
+
+    def slowly(_: str, __: str, files: list[StoredFile], folder: Path) -> None:
+        fetched.append(folder.name)
+        time.sleep(0.3)
+        for file in files:
+            (folder / file.path).write_bytes(data)
+
+    monkeypatch.setattr(stage, "fetch_files", slowly)
+    manifests = []
+    for name in ("a", "b"):
+        folder = store / "models" / f"{name}-{COMMIT[:12]}"
+        folder.mkdir(parents=True)
+        made = {"source": "hub", "hub_id": "org/m", "revision": COMMIT, "digest": "0" * 64}
+        manifests.append(ModelManifest(model=name, folder=str(folder), files=[entry], **made))
+    threads = [threading.Thread(target=stage.stage_weights, args=[manifest]) for manifest in manifests]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [Path(each.folder, entry.path).read_bytes() for each in manifests] == [data, data]
+    return fetched
+
+
+def test_two_jobs_that_want_one_commit_fetch_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(two_models_at_once(tmp_path, monkeypatch)) == 1
+    first, second = tmp_path.rglob("model.safetensors")
+    assert first.samefile(second)
+
+
+@pytest.mark.parametrize("without", ["locks", "the right to open another user's"])
+def test_two_jobs_that_cannot_wait_fetch_each_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    opened = Path.open
+
+    def closed(path: Path, *arguments: Any, **more: Any) -> Any:
+        if path.suffix == ".lock":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, *arguments, **more)
+
+    if without == "locks":
+        monkeypatch.setattr("fcntl.flock", refuse)
+    else:
+        monkeypatch.setattr(Path, "open", closed)
+    assert sorted(two_models_at_once(tmp_path, monkeypatch)) == [f"{name}-{COMMIT[:12]}" for name in "ab"]

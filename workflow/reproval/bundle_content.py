@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from reproval import __version__, folders, scrub
 from reproval.bundle_archive import SUMS, BundleError, Content
 from reproval.files import read_record
 from reproval.keep import RESULT, SAMPLES
-from reproval.records import Evaluation, UnitResult
-from reproval.run_file import RunFile
+from reproval.records import Evaluation, ModelManifest, UnitResult
+from reproval.run_file import RunFile, model_key
 
 CONFIGURATION = "configuration.yaml"
 # What the image holds, as CycloneDX.
@@ -49,10 +49,17 @@ def read_runs(results: Path, evaluations: Iterable[Path]) -> list[BundledRun]:
     return runs
 
 
-def configuration(runs: Iterable[RunFile]) -> dict[str, Any]:
+def commits(manifests: Iterable[Path]) -> dict[str, str]:
+    """The commit that was staged of each model of the Hub, by the name of its manifest. Raises RecordError."""
+    read = {path.stem: read_record(path, ModelManifest) for path in manifests if path.parent.name == "models"}
+    return {key: manifest.revision for key, manifest in read.items() if manifest.revision is not None}
+
+
+def configuration(runs: Iterable[RunFile], staged: Mapping[str, str]) -> dict[str, Any]:
     """The configuration that these runs come from, with every setting written out and task files inside the bundle.
 
-    Which machine it was is in the records. An absolute path of a model is its folder's name alone.
+    Which machine it was is in the records. An absolute path of a model is its folder's name alone. A branch is the
+    commit that it was when it was `staged` (see `commits`): it may have moved on since.
     """
     models: dict[str, Any] = {}
     suites: dict[str, Any] = {}
@@ -67,6 +74,9 @@ def configuration(runs: Iterable[RunFile]) -> dict[str, Any]:
         model = run.model.model_dump(exclude_defaults=True)
         if run.model.path is not None and _leaves_the_project(run.model.path):
             model["path"] = Path(run.model.path).name
+        if run.model.hub is not None and (commit := staged.get(model_key(run))):
+            model["revision"] = commit
+            model.pop("allow_floating", None)
         models[run.model_name] = model | {"suites": list(dict.fromkeys(unit.suite for unit in run.units))}
         for unit in run.units:
             suite = suites.setdefault(unit.suite, {"tasks": []})
@@ -99,7 +109,7 @@ def _leaves_the_project(path: str) -> bool:
 def members(
     results: Path,
     runs: list[BundledRun],
-    manifests: Iterable[Path],
+    manifests: Sequence[Path],
     base: Path,
     workdir: Path,
     sbom: Path | None = None,
@@ -112,7 +122,7 @@ def members(
         found[name] = json_text(cleaned)
 
     found[CONFIGURATION] = yaml.safe_dump(
-        configuration(run.run for run in runs), sort_keys=False, allow_unicode=True
+        configuration((run.run for run in runs), commits(manifests)), sort_keys=False, allow_unicode=True
     ).encode()
     found[README] = _readme(runs).encode()
     for run in runs:

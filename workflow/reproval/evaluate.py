@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from reproval import keep, memory, resources, store, supervise, supervise_ladder
 from reproval.engine import ANSWERED, ChildTask, ChildUnit, ShardTask, environment
-from reproval.files import RecordError, read_record, sha256_file, sha256_json, write_record
+from reproval.files import RecordError, mend_of, read_record, sha256_file, sha256_json, write_record
 from reproval.gpu_claims import claimed
 from reproval.local_copy import LocalCopyError, copied
 from reproval.progress import FILE, Progress, ProgressFile
@@ -354,8 +354,7 @@ def main() -> None:
     except OSError as error:
         traceback.print_exc()
         _end(
-            f"reproval evaluate: {error.filename or options.results}: {error.strerror or error}; mend that (make "
-            "room, permit it), and start again: what is finished is kept",
+            f"reproval evaluate: {mend_of(error, options.results)}: what is finished is kept",
             options.log,
         )
 

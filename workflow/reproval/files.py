@@ -27,6 +27,11 @@ class RecordError(Exception):
     """A record could not be read: missing, cut off, of another version, or written by hand."""
 
 
+def mend_of(error: OSError, place: Path) -> str:
+    """What a command says that ends because of a file; `place` stands for one that the error does not name."""
+    return f"{error.filename or place}: {error.strerror or error}; mend that (make room, permit it), and start again"
+
+
 @contextmanager
 def atomic(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`; on success it takes the name `path`, on failure it is removed.

@@ -127,14 +127,9 @@ def check_model_folder(folder: Path) -> None:
         raise FolderError("a file", "a folder with config.json, tokenizer and safetensors", "name the folder it is in")
     try:
         names = sorted(entry.name for entry in folder.iterdir())
-        _check_config(folder, names)
+        check_config(folder, names)
         _check_weights(folder, names)
-        if not any(name in TOKENIZERS or name.endswith(".tiktoken") for name in names):
-            raise FolderError(
-                _there(names, "no tokenizer"),
-                f"one of {', '.join(TOKENIZERS)} or *.tiktoken",
-                "copy the tokenizer's files into the folder (tokenizer.save_pretrained writes them)",
-            )
+        check_tokenizer(names)
         for _ in walk(folder):
             pass  # A link that leads nowhere, or a folder that may not be read.
     except OSError as error:
@@ -150,7 +145,21 @@ def _there(names: list[str], what: str) -> str:
     return f"{what}; there: {shown or 'nothing'}"
 
 
-def _check_config(folder: Path, names: list[str]) -> None:
+def check_tokenizer(names: list[str]) -> None:
+    """Raise FolderError unless one of the names is a tokenizer's."""
+    if not any(name in TOKENIZERS or name.endswith(".tiktoken") for name in names):
+        raise FolderError(
+            _there(names, "no tokenizer"),
+            f"one of {', '.join(TOKENIZERS)} or *.tiktoken",
+            "copy the tokenizer's files into the folder (tokenizer.save_pretrained writes them)",
+        )
+
+
+def check_config(folder: Path, names: list[str]) -> None:
+    """Raise FolderError unless the folder holds the config.json of a whole model. Raises OSError.
+
+    `names` are its files, of which weights may still be to come.
+    """
     expected = "a config.json of a transformers model"
     weights = [name for name in names if name.endswith(".safetensors")]
     if "adapter_config.json" in names and all(name.startswith("adapter_") for name in weights):

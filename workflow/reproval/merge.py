@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 from reproval import keep, memory
 from reproval.engine import ChildUnit, keep_unit, scored_by_lm_eval
 from reproval.evaluate import EvaluateError, child_units, references
-from reproval.files import RecordError, read_record, sha256_file, write_record
+from reproval.files import RecordError, mend_of, read_record, sha256_file, write_record
 from reproval.records import (
     Evaluation,
     Facts,
@@ -33,6 +34,7 @@ from reproval.run_file import RunFile
 from reproval.settings import ModelConfig
 from reproval.shards import Answers, assign, read_answers, request_name
 from reproval.task_facts import encoder
+from reproval.tasks import TaskError
 
 MENDS = ("max_model_len", "quantization", "dtype")
 """Score-changing settings that a user can fix for a model in config.yaml."""
@@ -254,10 +256,15 @@ def main() -> None:
             options.results,
             shards,
         )
-    except (EvaluateError, RecordError) as error:
+        memory.join_traces(options.trace, [(shard.trace, len(shard.result.attempts)) for shard in shards])
+        write_record(options.out, evaluation)
+    except (EvaluateError, RecordError, TaskError) as error:
+        if isinstance(error, TaskError) and error.__cause__:
+            traceback.print_exception(error.__cause__)
         sys.exit(f"reproval merge: {error}")
-    memory.join_traces(options.trace, [(shard.trace, len(shard.result.attempts)) for shard in shards])
-    write_record(options.out, evaluation)
+    except OSError as error:
+        traceback.print_exc()
+        sys.exit(f"reproval merge: {mend_of(error, options.results)}: what is finished is kept")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ def settings_of(unit: UnitData, task: str) -> dict[str, Any]:
         "torch": package_version(made.packages, "torch"),
         "transformers": package_version(made.packages, "transformers"),
         "batch invariant": made.batch_invariant,
+        # That one is told as the setting that it is.
+        "vLLM's variables": {k: v for k, v in made.engine_variables.items() if k != "VLLM_BATCH_INVARIANT"},
         "container": made.container.digest if made.container else None,
         "environment": engine.get("environment"),
         "GPUs": made.gpus,

@@ -9,6 +9,7 @@ inside the store. Afterwards nothing needs the network.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import glob
 import hashlib
 import os
@@ -21,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from reproval import download
-from reproval.files import RecordError, atomic, read_record, sha256_file, sha256_json, write_record
-from reproval.folders import unread_weights, walk
+from reproval.files import NO_LOCKS, RecordError, atomic, mend_of, read_record, sha256_file, sha256_json, write_record
+from reproval.folders import FolderError, check_config, check_tokenizer, unread_weights, walk
 from reproval.records import DatasetSource, ModelManifest, StoredFile, TaskManifest
 from reproval.run_file import RunFile, first_of_suite, of_model
 from reproval.settings import ModelConfig
@@ -65,7 +66,8 @@ def stage_model(name: str, model: ModelConfig, store: Path) -> ModelManifest:
     """Fetch a model into STORE/models/NAME-COMMIT12, all but large weights, or take a local folder as it is.
 
     The manifest has the large weights too, by what the Hub says of them; `stage_weights` fetches them.
-    Raises StageError: the Hub cannot be reached, the repository needs a token, a file differs from the Hub's SHA-256.
+    Raises StageError: the Hub cannot be reached, the repository needs a token, a file differs from the Hub's SHA-256,
+    the repository is not of a whole model.
     """
     patterns = MODEL_FILES + (PYTHON_FILES if model.trust_remote_code else [])
     revision: str | None = None
@@ -88,6 +90,8 @@ def stage_model(name: str, model: ModelConfig, store: Path) -> ModelManifest:
                 f"{path}: is not what the Hub has (its hash differs) and was removed; run `snakemake stage` again"
             )
     files += awaited
+    if model.path is None:
+        _check_whole(name, model, folder, files)
     if not any(entry.path.endswith(WEIGHTS) for entry in files):
         raise StageError(f"models.{name}: {folder} holds no .safetensors file; convert the checkpoint to safetensors")
     manifest = ModelManifest(
@@ -102,6 +106,23 @@ def stage_model(name: str, model: ModelConfig, store: Path) -> ModelManifest:
     if model.path is None:
         write_record(folder / KEPT, manifest)
     return manifest
+
+
+def _check_whole(name: str, model: ModelConfig, folder: Path, files: list[StoredFile]) -> None:
+    """Raise StageError unless these files of a Hub's repository are a model's, which a local folder is asked before.
+
+    Code of a checkpoint may bring a tokenizer whose files have names of their own.
+    """
+    names = sorted(entry.path for entry in files if "/" not in entry.path)
+    try:
+        check_config(folder, names)
+        if not model.trust_remote_code:
+            check_tokenizer(names)
+    except FolderError as error:
+        raise StageError(
+            f"models.{name}: {model.hub}: found {error.found}; expected {error.expected}; name a repository that has "
+            f"it, or make a local folder and give it as `path`: {error.mend}"
+        ) from error
 
 
 def kept_model(name: str, model: ModelConfig, store: Path, unreachable: Unreachable) -> ModelManifest:
@@ -132,19 +153,50 @@ def stage_weights(manifest: ModelManifest) -> None:
     missing = [entry for entry in weights if not (folder / entry.path).exists()]
     if wrong := troubles(folder, [entry for entry in weights if entry not in missing], deep=True):
         raise StageError("\n  ".join([f"models.{name}: remove these files and run `snakemake stage` again:", *wrong]))
-    missing = [entry for entry in missing if not _shared(folder, entry)]
     if not missing:
         return
     assert manifest.hub_id is not None
     assert manifest.revision is not None
-    with _reaching(name, manifest.hub_id, manifest.revision):
-        fetch_files(manifest.hub_id, manifest.revision, missing, folder)
+    with _alone(folder):
+        # Whoever had the lock before may have fetched them, for this model or for another of its commit.
+        missing = [entry for entry in missing if not (folder / entry.path).exists() and not _shared(folder, entry)]
+        if missing:
+            with _reaching(name, manifest.hub_id, manifest.revision):
+                fetch_files(manifest.hub_id, manifest.revision, missing, folder)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until nobody else fetches weights of this folder's commit: the second then links what the first fetched.
+
+    Where there can be no lock each fetches for itself; that costs time and room, and nothing else.
+    """
+    path = folder.parent / f".{_commit(folder)}.lock"
+    try:
+        stream = path.open("a")
+    except PermissionError:  # another user's lock, in a store that several share
+        yield
+        return
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder}: waiting for another job that fetches the same commit", flush=True)
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield
+
+
+def _commit(folder: Path) -> str:
+    """The part of a folder's name that models of one commit have in common."""
+    return folder.name.rpartition("-")[2]
 
 
 def _shared(folder: Path, file: StoredFile) -> bool:
     """Link a file of the same commit that another model of the store has, such as one with other settings."""
-    commit = folder.name.rpartition("-")[2]
-    for other in sorted(folder.parent.glob(f"*-{commit}/{glob.escape(file.path)}")):
+    for other in sorted(folder.parent.glob(f"*-{_commit(folder)}/{glob.escape(file.path)}")):
         if other.stat().st_size == file.size_bytes and sha256_file(other) == file.sha256:
             try:
                 os.link(other, folder / file.path)
@@ -217,7 +269,8 @@ def _reaching(name: str, hub: str, revision: str) -> Iterator[None]:
         yield
     except download.DownloadError as error:
         raise StageError(f"models.{name}: {error}; run `snakemake stage` again") from error
-    except (HTTPError, OSError) as error:
+    # hf_xet says with a RuntimeError that a download failed; a login page in place of an answer is no JSON.
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
         raise Unreachable(
             f"models.{name}: {hub} at {revision} could not be fetched: {_first_line(error)}; "
             "what has come is kept: run `snakemake stage` again where the network is, with HF_TOKEN set if the "
@@ -376,6 +429,9 @@ def main() -> None:
         if isinstance(error, TaskError) and error.__cause__:
             traceback.print_exception(error.__cause__)
         sys.exit(f"reproval stage: {error}")
+    except OSError as error:
+        traceback.print_exc()
+        sys.exit(f"reproval stage: {mend_of(error, options.out)}: what has come is kept")
 
 
 if __name__ == "__main__":
