@@ -118,7 +118,7 @@ def test_without_the_weights_it_says_which_they_are(second: Path) -> None:
     assert done.returncode != 0
     assert "models.smollm2.path" in done.stdout
     assert "model.safetensors with SHA-256" in done.stdout
-    assert "--config 'models={smollm2: {path: FOLDER}}'" in done.stdout
+    assert "in the same --config: 'models={smollm2: {path: FOLDER}}'" in done.stdout
 
 
 def test_another_machine_gets_the_same_answers(reproduced: Reproduction) -> None:
