@@ -71,11 +71,10 @@ def answer(lines: Sequence[Headline], models: Sequence[str], pairs: Sequence[Pai
         they = "difference is" if significant == 1 else "differences are"
         return f"{significant:,} {they} significant at 5\u00a0% after correction, {same}."
     reach = [p.detectable for p in pairs if p.detectable is not None and p.scale == "difference"]
-    least = number(min(reach)) if reach else ""
-    found = (
-        f" The smallest difference in score that a test here finds with 80\u00a0% power is {least}." if reach else ""
-    )
-    return f"No difference is significant at 5\u00a0% after correction, {same}.{found}"
+    more = ""
+    if reach:
+        more = f" The smallest difference in score that a test here finds with 80\u00a0% power is {number(min(reach))}."
+    return f"No difference is significant at 5\u00a0% after correction, {same}.{more}"
 
 
 def limit(value: float) -> str:
