@@ -51,8 +51,8 @@ def read_runs(results: Path, evaluations: Iterable[Path]) -> list[BundledRun]:
 
 def commits(manifests: Iterable[Path]) -> dict[str, str]:
     """The commit that was staged of each model of the Hub, by the name of its manifest. Raises RecordError."""
-    read = {path.stem: read_record(path, ModelManifest) for path in manifests if path.parent.name == "models"}
-    return {key: manifest.revision for key, manifest in read.items() if manifest.revision is not None}
+    models = (path for path in manifests if path.parent.name == "models")
+    return {path.stem: commit for path in models if (commit := read_record(path, ModelManifest).revision)}
 
 
 def configuration(runs: Iterable[RunFile], staged: Mapping[str, str]) -> dict[str, Any]:

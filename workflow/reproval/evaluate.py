@@ -353,10 +353,7 @@ def main() -> None:
         _end(f"reproval evaluate: {error}", options.log)
     except OSError as error:
         traceback.print_exc()
-        _end(
-            f"reproval evaluate: {mend_of(error, options.results)}: what is finished is kept",
-            options.log,
-        )
+        _end(f"reproval evaluate: {mend_of(error, options.results)}: what is finished is kept", options.log)
 
 
 if __name__ == "__main__":

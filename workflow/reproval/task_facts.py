@@ -21,8 +21,9 @@ from reproval.shards import answer_tokens
 from reproval.tasks import built
 
 BLOCK_TOKENS = 16
-# All other files of a manifest count as the tokenizer's: vocabulary, merges, chat templates, code.
+# One of them comes with every processor; without, there is none to be loaded.
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "chat_template.json")
+# All other files of a manifest count as the tokenizer's: vocabulary, merges, chat templates, code.
 _NOT_THE_TOKENIZERS = ("*.safetensors", "*.safetensors.index.json", "generation_config.json")
 
 

@@ -65,13 +65,13 @@ def chat_arguments(settings: TaskSettings) -> dict[str, Any]:
 
 def known_names(units: Iterable[Unit]) -> None:
     """Raises TaskError that tells of every name at once which lm-eval does not know."""
-    unknown = [
-        str(UnknownTask(unit, list(tasks.all_tasks)))
-        for unit in units
-        if not (tasks := manager(unit.include_path)).match_tasks([unit.task])
-    ]
-    if unknown:
+    if unknown := [str(error) for unit in units if (error := _unknown(unit))]:
         raise TaskError("\n".join(unknown))
+
+
+def _unknown(unit: Unit) -> UnknownTask | None:
+    tasks = manager(unit.include_path)
+    return None if tasks.match_tasks([unit.task]) else UnknownTask(unit, list(tasks.all_tasks))
 
 
 def prepare(unit: Unit, seed: Seed) -> dict[str, Any]:
@@ -82,9 +82,9 @@ def prepare(unit: Unit, seed: Seed) -> dict[str, Any]:
     the store afterwards.
     """
     allow_code(unit)
+    if unknown := _unknown(unit):
+        raise unknown
     tasks = manager(unit.include_path)
-    if not tasks.match_tasks([unit.task]):
-        raise UnknownTask(unit, list(tasks.all_tasks))
     at = f"suites.{unit.suite}.tasks: {unit.task}"
     try:
         loaded: dict[str, Any] = tasks.load([unit.task])["tasks"]
