@@ -29,6 +29,10 @@ from typing import Any
 import jobs
 import yaml
 
+sys.path[:0] = [str(jobs.REPO / "workflow")]
+from reproval import failures
+from reproval.records import EngineSettings, FailureClass
+
 MIB, GIB = 2**20, 2**30
 NEIGHBOUR = """
 import sys, time, torch
@@ -58,7 +62,7 @@ class Case:
     text it does so before the engine starts, and with None there is no neighbour.
     """
 
-    expected: str
+    expected: FailureClass
     first: dict[str, Any]
     at: tuple[str, ...] | None = None
     leave: int = 0
@@ -85,7 +89,11 @@ CASES = {
     # Rows of a long prompt are memory that the profile run did not take, and it leaves the allocator little. The long
     # texts come last, about 12 s after the engine is up: the neighbour stays until then.
     "running": Case(
-        "running", {"max_num_batched_tokens": 2048, "max_num_seqs": 16}, ("init engine (profile",), seconds=45.0
+        "running",
+        {"max_num_batched_tokens": 2048, "max_num_seqs": 16},
+        ("init engine (profile",),
+        seconds=45.0,
+        then={"max_num_batched_tokens": 1024, "max_num_seqs": 16},
     ),
 }
 
@@ -110,12 +118,18 @@ def long_texts(folder: Path) -> dict[str, Any]:
     return {"include_path": str(folder), "tasks": ["long_texts"]}
 
 
-def provoked(plan: dict[str, Any], case: Case) -> None:
-    """Give the plan the case's rungs: the bad one, then the planned one with what answers it."""
+def provoked(plan: dict[str, Any], case: Case, on_cpu: bool) -> None:
+    """Give the plan the case's rungs: the bad one, then the planned one with what answers it.
+
+    Raises ValueError if it is no answer to the class that is expected.
+    """
     bad, answer = copy.deepcopy(plan["ladder"][0]), copy.deepcopy(plan["ladder"][0])
     bad["settings"] |= case.first
     answer["settings"] |= case.then
     plan["ladder"] = [bad, answer]
+    before, after = (EngineSettings.model_validate(rung["settings"]) for rung in (bad, answer))
+    if case.expected != "gpu_busy" and not failures.answers(case.expected, before, after, on_cpu=on_cpu):
+        raise ValueError(f"the second rung is no answer to {case.expected}: {before!r}, {after!r}")
 
 
 class Neighbour(threading.Thread):
@@ -165,12 +179,13 @@ def attempt(name: str, case: Case, run: Path, results: Path, options: argparse.N
     if neighbour:
         neighbour.start()
     begin = time.monotonic()
-    process = jobs.job(options, run, results, lambda plan: provoked(plan, case))
     try:
-        _, said = process.communicate(timeout=options.limit)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
+        process = jobs.job(options, run, results, lambda plan: provoked(plan, case, options.cpu))
+        try:
+            _, said = process.communicate(timeout=options.limit)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=60)
     finally:
         if neighbour:
             neighbour.end()

@@ -458,6 +458,7 @@ REAL = Path(__file__).parent / "engine_logs"
             "torch.OutOfMemoryError: CUDA out of memory. Tried to",
         ),
         ("gpu_weights_too_big", 1, "weights", "weights_too_big", "torch.OutOfMemoryError: CUDA out of memory."),
+        ("gpu_running", 1, "tasks", "running", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 96"),
         ("gpu_graph_capture", 1, "capture", "graph_capture", "Exception in aoti_torch: CUDA out of memory."),
     ],
 )

@@ -46,7 +46,7 @@ def test_measured_peaks_of_qwen3_4b(runner: Any, tokens: int, gib: float) -> Non
 
 @pytest.mark.parametrize("row", MEASURED["rows"], ids=lambda row: f"{row['model']}-{row['side']}-{row['requests']}")
 def test_measured_peaks(row: dict[str, Any]) -> None:
-    """NVML on an H100, tests/gpu/memory_bench.py: within 2 %."""
+    """NVML on an H100, tests/gpu/memory_bench.py: within 2 %, or what the row says."""
     work = summarize(
         [
             task(requests=row["requests"], context=7992, longest=8000),
@@ -58,7 +58,7 @@ def test_measured_peaks(row: dict[str, Any]) -> None:
     settings = EngineSettings.model_validate(common | {"max_num_batched_tokens": batched} | row["settings"])
     scoring = "suffix" if row["side"] == "auto" else "stock"
     found = predict(facts(row["model"]), settings, work, gpu(79.6), row["runner"], scoring)
-    assert found.peak_bytes / GIB == pytest.approx(row["peak_gib"], rel=0.02)
+    assert found.peak_bytes / GIB == pytest.approx(row["peak_gib"], rel=row.get("error", 0.02))
 
 
 def test_measured_peaks_of_one_gpu_and_of_two() -> None:
