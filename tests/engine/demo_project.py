@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import gzip
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +19,11 @@ import yaml
 from reproval import keep
 from reproval.engine import ChildUnit
 from reproval.evaluate import child_units
+from reproval.files import write_record
 from reproval.model_facts import facts_of, read_config
 from reproval.model_tensors import read_tensors
 from reproval.records import EngineSettings, Facts, Hardware, MemoryPrediction, ModelManifest, Plan, Rung, UnitResult
+from reproval.request_cache import RequestCache
 from reproval.run_file import RunFile
 from reproval.settings import ModelConfig, Run, TaskSettings, Unit
 from reproval.task_facts import encoder, unit_facts
@@ -156,4 +162,47 @@ class Project:
             result = keep.find(Path(entry.folder), entry.key)
             assert result is not None, entry.unit.name
             found[entry.unit.task] = result
+        return found
+
+
+class Job:
+    """What a batch system starts, and starts again: `python -m reproval.evaluate` in a working directory."""
+
+    def __init__(self, folder: Path, project: Project) -> None:
+        self.folder = folder
+        for name, record in {
+            "run": project.run,
+            "facts": project.facts,
+            "plan": project.plan,
+            "manifest": project.manifest,
+        }.items():
+            write_record(folder / f"{name}.json", record)
+
+    def start(self, **variables: str) -> subprocess.Popen[bytes]:
+        inputs = [part for name in ("run", "facts", "plan", "manifest") for part in (f"--{name}", f"{name}.json")]
+        outputs = ["--results", "results", "--log", "log", "--out", "evaluation.json", "--trace", "memory.parquet"]
+        with (self.folder / "job.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "reproval.evaluate", *inputs, *outputs, "--gpus", "0"],
+                cwd=self.folder,
+                env={**os.environ, "PYTHONPATH": str(BASE / "workflow"), **variables},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def answers(self) -> list[bytes]:
+        """Digests of all requests that are on disk, as often as they were answered."""
+        found = []
+        for path in self.folder.glob("results/requests/*.jsonl"):
+            for line in path.read_bytes().splitlines(keepends=True)[1:]:
+                if (parsed := RequestCache._parse(line)) is not None:
+                    found.append(parsed[0])
+        return found
+
+    def samples(self, project: Project) -> dict[str, list[Any]]:
+        found = {}
+        for entry in project.units(Path("results")):
+            with gzip.open(self.folder / entry.folder / keep.SAMPLES) as stream:
+                found[entry.unit.task] = [json.loads(line) for line in stream]
         return found

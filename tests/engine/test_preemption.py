@@ -6,26 +6,21 @@ Two kills; REPROVAL_KILLS=20 makes twenty, some of them while the engine starts,
 from __future__ import annotations
 
 import contextlib
-import gzip
-import json
 import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from demo_project import BASE, MODEL, Project
+from demo_project import MODEL, Job, Project
 
-from reproval import keep
-from reproval.files import read_record, write_record
+from reproval.files import read_record
 from reproval.guardian import descendants
 from reproval.records import Evaluation
-from reproval.request_cache import RequestCache
 
 pytestmark = [
     pytest.mark.engine,
@@ -37,49 +32,6 @@ KILLS = int(os.environ.get("REPROVAL_KILLS", "2"))
 SEED = int(os.environ.get("REPROVAL_KILL_SEED", "1"))
 KILL_WAIT_S = 30.0
 """Slurm's, from SIGTERM to SIGKILL."""
-
-
-class Job:
-    """What a batch system starts, and starts again: `python -m reproval.evaluate` in a working directory."""
-
-    def __init__(self, folder: Path, project: Project) -> None:
-        self.folder = folder
-        for name, record in {
-            "run": project.run,
-            "facts": project.facts,
-            "plan": project.plan,
-            "manifest": project.manifest,
-        }.items():
-            write_record(folder / f"{name}.json", record)
-
-    def start(self) -> subprocess.Popen[bytes]:
-        inputs = [part for name in ("run", "facts", "plan", "manifest") for part in (f"--{name}", f"{name}.json")]
-        outputs = ["--results", "results", "--log", "log", "--out", "evaluation.json", "--trace", "memory.parquet"]
-        with (self.folder / "job.log").open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "reproval.evaluate", *inputs, *outputs, "--gpus", "0"],
-                cwd=self.folder,
-                env={**os.environ, "PYTHONPATH": str(BASE / "workflow")},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def answers(self) -> list[bytes]:
-        """Digests of all requests that are on disk, as often as they were answered."""
-        found = []
-        for path in self.folder.glob("results/requests/*.jsonl"):
-            for line in path.read_bytes().splitlines(keepends=True)[1:]:
-                if (parsed := RequestCache._parse(line)) is not None:
-                    found.append(parsed[0])
-        return found
-
-    def samples(self, project: Project) -> dict[str, list[Any]]:
-        found = {}
-        for entry in project.units(Path("results")):
-            with gzip.open(self.folder / entry.folder / keep.SAMPLES) as stream:
-                found[entry.unit.task] = [json.loads(line) for line in stream]
-        return found
 
 
 def end(process: subprocess.Popen[bytes], number: int) -> None:
