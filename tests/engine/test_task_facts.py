@@ -162,6 +162,34 @@ def test_the_hash_of_a_task_follows_the_answers_that_are_right(tmp_path: Path) -
     assert hash_of(corrected) != hash_of(Path(TASKS))
 
 
+@pytest.mark.parametrize(
+    ("given", "generation", "drawn"),
+    [
+        ("do_sample: false", None, False),
+        ("do_sample: true", None, False),
+        ("temperature: 0.5", None, False),
+        ("top_p: 0.9", None, True),
+        ("top_p: 0.9", {"do_sample": False}, False),
+        ("top_p: 0.9", {"temperature": 0}, False),
+        ("top_p: 0.9", {"max_gen_toks": 5}, True),
+    ],
+)
+def test_answers_that_vllm_draws_though_nobody_asked_are_known_beforehand(
+    tmp_path: Path, given: str, generation: dict[str, Any] | None, drawn: bool
+) -> None:
+    from lm_eval.models.vllm_causallms import VLLM
+
+    folder = shutil.copytree(TASKS, tmp_path / "tasks")
+    text = (folder / "counting.yaml").read_text()
+    assert "do_sample: false" in text
+    (folder / "counting.yaml").write_text(text.replace("do_sample: false", given))
+    entry = unit("demo_counting", generation=generation).model_copy(update={"include_path": str(folder)})
+    (facts,) = unit_facts(entry, None, encoder(str(MODEL), ModelConfig()))
+    assert facts.sampled_unasked == drawn
+    params = [VLLM.modify_gen_kwargs(request.args[1])[0] for request in asked_by_lm_eval(entry)]
+    assert all(("temperature" not in each) == (drawn or given == "do_sample: true") for each in params)
+
+
 @pytest.mark.parametrize("asked", [True, False])
 def test_the_chat_template_is_named_by_its_hash_where_it_is_applied(asked: bool) -> None:
     entry = unit("demo_opposites", limit=2, apply_chat_template=asked)

@@ -675,6 +675,14 @@ def test_repeats_of_a_model_are_one_line_of_the_table() -> None:
     assert thrice.count("\n") == once.count("\n")
 
 
+def test_the_table_names_tasks_whose_answers_are_drawn_though_nobody_asked() -> None:
+    drawn = task("generate_until", generated=64).model_copy(update={"task": "drop", "sampled_unasked": True})
+    shown = table([planned(name, H100, [task(), drawn]) for name in ("Qwen3-4B", "Qwen3-0.6B")])
+    (line,) = [line for line in shown.split("\n") if "drawn at random" in line]
+    assert line.startswith("Answers will be drawn at random in s/drop, and nobody asked for it")
+    assert "drawn at random" not in table([planned("Qwen3-4B", H100)])
+
+
 def test_a_wrong_tiers_file_ends_with_its_problem(
     files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

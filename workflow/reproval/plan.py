@@ -40,6 +40,7 @@ from reproval.settings import ModelConfig
 from reproval.text_table import text_table
 from reproval.tiers import TierRule, Tiers, load_tiers
 from reproval.time_model import estimate
+from reproval.words import UNASKED, some
 
 
 def make_plan(
@@ -117,6 +118,7 @@ def _plan(run: str, model: str, case: Case, asked: ModelConfig, seed: int | None
         "parameters": case.facts.parameters,
         "jobs_per_gpu": case.jobs_per_gpu,
         "runner": case.runner,
+        "sampled_unasked": [f"{task.suite}/{task.task}" for task in case.tasks if task.sampled_unasked],
     }
     if found is None:
         advice = impossible or _advice(case, first)
@@ -274,6 +276,8 @@ def table(plans: list[Plan]) -> str:
     marked = dict.fromkeys(plan.model for plan in plans if any(lever.changes_scores for lever in plan.levers))
     if marked:
         lines += ["", f"* changes scores, which are marked in every result: {', '.join(marked)}"]
+    if unasked := list(dict.fromkeys(task for plan in plans for task in plan.sampled_unasked)):
+        lines += ["", f"Answers will be drawn at random in {some(unasked)}, and {UNASKED}"]
     lines += ["", "All settings, each with its reason: results/runs/RUN/plan.json"]
     return "\n".join(lines)
 

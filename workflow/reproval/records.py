@@ -185,6 +185,9 @@ class TaskFacts(Part):
         default=0, description="Context tokens left when prefixes that requests share are counted once."
     )
     largest_token: int = Field(default=0, description="The largest token id of a prompt or continuation.")
+    sampled_unasked: bool = Field(
+        default=False, description="Generates at temperature 1, for want of do_sample and of temperature."
+    )
     task_hash: Sha256 = Field(description="SHA-256 over the resolved task configuration, every prompt and document.")
 
 
@@ -305,6 +308,7 @@ class Plan(Record):
     levers: list[PulledLever] = Field(description="Pulled already on the first rung.")
     reasons: list[Reason]
     ladder: list[Rung] = Field(description="The first rung is the plan itself; empty when nothing fits.")
+    sampled_unasked: list[str] = Field(default=[], description="SUITE/TASK whose facts say so.")
     time: TimeEstimate | None = None
 
 

@@ -176,8 +176,14 @@ def _facts(unit: Unit, name: str, task: Any, task_hash: str, model: Any) -> Task
         request_type=kind,
         documents=len({instance.doc_id for instance in task.instances}),
         task_hash=task_hash,
+        sampled_unasked=kind == "generate_until" and any(sampled_unasked(each.args[1]) for each in task.instances),
         **_lengths(kind, task.instances, model),
     )
+
+
+def sampled_unasked(generation_kwargs: dict[str, Any]) -> bool:
+    """Whether vLLM draws at temperature 1 what lm-eval takes for greedy (`modify_gen_kwargs` of its vLLM model)."""
+    return not generation_kwargs.keys() & {"do_sample", "temperature"}
 
 
 def _lengths(kind: RequestType, instances: list[Any], model: Any) -> dict[str, Any]:

@@ -87,6 +87,12 @@ def some(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+UNASKED = (
+    "nobody asked for it: lm-eval's vLLM model samples at temperature 1 where neither do_sample nor temperature is "
+    "given; generation: {do_sample: false} takes the most likely tokens."
+)
+
+
 def notices(
     fits: Sequence[Fit],
     lines: Sequence[Headline],
@@ -125,10 +131,7 @@ def notices(
     if sampled:
         text = f"Answers were drawn at random in {some(list(sampled))}: asked again, a model gives others."
         if unasked := [task for task, asked in sampled.items() if not asked]:
-            text += (
-                f" In {some(unasked)} nobody asked for it: lm-eval's vLLM model samples at temperature 1 where neither "
-                "do_sample nor temperature is given; generation: {do_sample: false} takes the most likely tokens."
-            )
+            text += f" In {some(unasked)} {UNASKED}"
         found.append(Notice(text=text, section="provenance"))
     if endless:
         text = (
