@@ -117,6 +117,7 @@ def small(**changes: Any) -> Space:
             "could be 140.0",
         ),
         ("engine", "GPUs", {"gpus": [H100.model_copy(update={"compute_capability": "8.0"})] * 2}, "warning", '"8.0"'),
+        ("engine", "GPUs", {"gpus": [H100, H100.model_copy(update={"compute_capability": "7.0"})]}, "problem", "7.5"),
         ("engine", "GPUs", {"gpus": [H100.model_copy(update={"mig": True})] * 2}, "warning", "MIG"),
         (
             "engine",

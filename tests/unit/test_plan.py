@@ -293,19 +293,19 @@ def test_long_generation_takes_graphs_and_short_work_does_not() -> None:
 
 
 def test_old_gpus_have_no_bfloat16() -> None:
-    plan = planned("Qwen3-4B", gpu(32, capability="7.0", name="Tesla V100"))
+    plan = planned("Qwen3-4B", gpu(15, capability="7.5", name="Tesla T4"))
     assert plan.ladder[0].settings.dtype == "float16"
     assert [(lever.lever, lever.changes_scores) for lever in plan.levers] == [("dtype", True)]
 
 
 def test_float16_is_not_planned_for_models_that_vllm_refuses_in_it() -> None:
-    old = planned("gemma-2-9b", gpu(80, capability="7.0"))
+    old = planned("gemma-2-9b", gpu(80, capability="7.5"))
     assert old.ladder[0].settings.dtype == "float32"
     assert "vLLM refuses float16 for gemma2, and bfloat16 needs compute capability 8.0" in reason(old, "dtype")
     content = yaml.safe_load((ROOT / "config" / "tiers.yaml").read_text())
     content["policies"]["auto"]["tiers"]["7B-to-13B"] = {"score_levers": ["dtype"]}
     halved = Tiers.model_validate(content)
-    assert not planned("gemma-2-9b", gpu(24, capability="7.0"), tiers=halved).fits, "nor is bfloat16 a lever there"
+    assert not planned("gemma-2-9b", gpu(24, capability="7.5"), tiers=halved).fits, "nor is bfloat16 a lever there"
     stored = facts("gemma-2-9b").model_copy(update={"checkpoint_dtype": "float16"})
     new = make_plan("r", "m", stored, [CHOICES], H100, TIERS, "auto", ASKED, 1234)
     assert new.ladder[0].settings.dtype == "bfloat16"

@@ -75,7 +75,7 @@ def test_measured_starts_of_an_engine() -> None:
         ("NVIDIA L4", 121, 0.3),
         ("NVIDIA A10", 125, 0.6),
         ("nvidia geforce rtx 4090", 165, 1.0),
-        ("Tesla V100-SXM2-32GB", 125, 0.9),
+        ("Tesla T4", 65, 0.3),
         (None, 312, 2.0),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# The GPU environment's PyTorch and vLLM are built with CUDA 13, which has no code for what is older than Turing.
+OLDEST = (7, 5)
 BFLOAT16 = (8, 0)
 # Ada; below it vLLM keeps fp8 weights only and computes in 16 bit, which gives other scores.
 FP8 = (8, 9)

@@ -26,6 +26,15 @@ def check_hardware(report: Report) -> None:
             mend="divide what `nvidia-smi --query-gpu=memory.total --format=csv` shows in MiB by 1024",
             reads=[("hardware", "gpu_memory_gib"), ("hardware", "gpus")],
         )
+    if gpus and capability.lacks(hardware.get("compute_capability"), capability.OLDEST):
+        report.add(
+            ("hardware", "compute_capability"),
+            found=show(hardware["compute_capability"]),
+            expected="7.5 or more: the engine's PyTorch (envs/gpu.txt) is built with CUDA 13, which has no code for "
+            "older GPUs",
+            mend="choose another GPU",
+            reads=[("hardware", "compute_capability")],
+        )
     if report.section(()).get("batch_invariant") is not True:
         return
     if not gpus:

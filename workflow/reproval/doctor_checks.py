@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from reproval import capability
 from reproval.doctor_facts import Gathered, Role, Space
 from reproval.records import Hardware
 
@@ -135,13 +136,12 @@ def gpus(seen: Gathered, asked: Asked) -> tuple[Status, str, str]:
         return "problem", found, f"set hardware.gpu_memory_gib to {least / GIB:.1f}: plans are made for more"
     if least > wanted.gpu_memory_bytes * (1 + 5 * TOLERANCE):
         return "warning", found, f"hardware.gpu_memory_gib could be {least / GIB:.1f}: plans use less than there is"
-    capability = min((gpu.compute_capability for gpu in seen.gpus), key=lambda text: [*map(int, text.split("."))])
-    if wanted.compute_capability and wanted.compute_capability != capability:
-        return (
-            "warning",
-            f"{found}, compute capability {capability}",
-            f'set hardware.compute_capability to "{capability}"',
-        )
+    oldest = min((gpu.compute_capability for gpu in seen.gpus), key=lambda text: [*map(int, text.split("."))])
+    found_oldest = f"{found}, compute capability {oldest}"
+    if capability.lacks(oldest, capability.OLDEST):
+        return "problem", found_oldest, "choose GPUs of 7.5 or more: the engine's PyTorch has no code for older ones"
+    if wanted.compute_capability and wanted.compute_capability != oldest:
+        return "warning", found_oldest, f'set hardware.compute_capability to "{oldest}"'
     if any(gpu.mig for gpu in seen.gpus):
         return (
             "warning",

@@ -22,7 +22,7 @@ _GPUS: list[tuple[str, float, float]] = [
     ("A10", 125e12, 0.6e12),
     ("L4", 121e12, 0.3e12),
     ("4090", 165e12, 1.0e12),
-    ("V100", 125e12, 0.9e12),
+    ("T4", 65e12, 0.3e12),
 ]
 _UNKNOWN_GPU = (312e12, 2.0e12)
 """Assumed for a GPU that is not in the table: an A100."""
