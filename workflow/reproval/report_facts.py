@@ -14,6 +14,7 @@ from reproval.files import RecordError
 from reproval.manifests import Manifests
 from reproval.records import Attempt, ModelManifest, Provenance, ScoringPath, UnitResult
 from reproval.report_content import Curve, Cut, Fit, Memory, ReportProvenance, TaskProvenance, TaskTime, Timing
+from reproval.task_facts import sampled_unasked
 
 CURVE_POINTS = 240
 
@@ -216,7 +217,7 @@ def sampled(models: Iterable[ModelData]) -> dict[str, bool]:
         for task, path in unit.result.paths.items():
             if path.sampled:
                 kwargs = unit.result.lm_eval.get("configs", {}).get(task, {}).get("generation_kwargs") or {}
-                found[f"{unit.result.suite}/{task}"] = bool(kwargs.keys() & {"do_sample", "temperature"})
+                found[f"{unit.result.suite}/{task}"] = not sampled_unasked(kwargs)
     return found
 
 
