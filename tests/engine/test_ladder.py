@@ -1,4 +1,7 @@
-"""A job on the real engine whose attempts fail in every way that a CPU can show, each answered by a rung that helps."""
+"""A job on the real engine whose attempts fail in every way that a CPU can show, each answered by a rung that helps.
+
+CUDA graphs and a neighbour on the GPU are for tests/gpu/ladder_bench.py.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +36,6 @@ def fail(where):
 
     if where == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    if where == "init_device":
-        raise ValueError(
-            "Free memory on device cuda:0 (19.49/139.8 GiB) on startup is less than desired GPU memory utilization "
-            "(0.9, 125.82 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes."
-        )
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.53 GiB.")
 
 
@@ -46,7 +44,6 @@ def patch(module):
     (FOLDER / "failures").write_text("\\n".join(lines[1:]))
     where, _, after = lines[0].partition(" ")
     owner, name = {
-        "init_device": (module.CPUWorker, "init_device"),
         "load_model": (module.CPUModelRunner, "load_model"),
         "determine_available_memory": (module.CPUWorker, "determine_available_memory"),
         "execute_model": (module.CPUModelRunner, "execute_model"),
@@ -82,12 +79,11 @@ if "reproval.engine" in sys.orig_argv:
 
 # What an attempt does, its class, and the settings of the rung that comes after it.
 STORY: list[tuple[str, str | None, dict[str, Any]]] = [
-    ("init_device", "gpu_busy", {}),  # waited for, on the same rung
     ("load_model", "weights_too_big", {"dtype": "bfloat16"}),
     ("determine_available_memory", "no_kv_room", {"max_num_batched_tokens": 512, "kv_cache_memory_bytes": 2**22}),
     ("", "kv_below_one_request", {"kv_cache_memory_bytes": 2**27}),
-    ("execute_model 4", "running", {"max_num_seqs": 8}),
-    ("killed 4", "host_memory", {"submit_batch": 4}),
+    ("execute_model 3", "running", {"max_num_seqs": 8}),
+    ("killed 2", "host_memory", {"submit_batch": 4}),
     ("", None, {}),
 ]
 """execute_model and killed: after so many steps."""
@@ -96,7 +92,7 @@ STORY: list[tuple[str, str | None, dict[str, Any]]] = [
 def test_every_failure_of_memory_is_answered_and_the_job_ends_with_all_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    project = Project()
+    project = Project(("demo_opposites", "demo_endings", "demo_counting"))
     rungs, settings = [project.plan.ladder[0]], SETTINGS
     changes = [change for _, _, change in STORY if change]
     # One that helps against nothing that happens first: it is passed over.
@@ -120,7 +116,7 @@ def test_every_failure_of_memory_is_answered_and_the_job_ends_with_all_results(
 
     evaluation = read_record(tmp_path / "evaluation.json", Evaluation)
     assert [attempt.failure for attempt in evaluation.attempts] == [failure for _, failure, _ in STORY]
-    assert [attempt.rung for attempt in evaluation.attempts] == [0, 0, 2, 3, 4, 5, 6]
+    assert [attempt.rung for attempt in evaluation.attempts] == [0, 2, 3, 4, 5, 6]
     assert all(attempt.message for attempt in evaluation.attempts[:-1])
     # What was answered before an engine failed is not asked again by the next.
     assert max(Counter(job.answers()).values()) == 1
